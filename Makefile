@@ -1,0 +1,62 @@
+# `make help` lists the targets. Variables: PYTHON makes .venv; TORCH is what pip installs as torch, as in
+# `make test TORCH=torch==2.12.0` or TORCH=/path/to/torch.whl; ARGS goes to the demo.
+PYTHON ?= python3
+# A torch that the user names is always installed; the default only where .venv has none that will do.
+TORCH_GIVEN := $(if $(filter undefined,$(origin TORCH)),,$(TORCH))
+TORCH ?= torch==2.13.0
+EXTRAS := hf,viz,dev
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.msa_compile_installed
+HAS_TORCH := import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check fmt clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## train a small model, make it sparse, compare; ARGS="--model NAME" takes a hub model
+	$(BIN)/python -m examples.demo $(ARGS)
+
+# One thread for each of the two workers: more would only wait for each other.
+test: check ## check, then every test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+check: $(STAMP) ## style, types and import law; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+fmt: $(STAMP) ## mend style and format in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove caches and builds; .venv stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# Only where there is none: a .venv made by hand is used as it is. A torch that $(PYTHON) has already is shared with it.
+$(BIN)/python:
+	@if $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; then shared=--system-site-packages; else shared=; fi; \
+	set -x; $(PYTHON) -m venv $$shared .venv
+
+# torch comes first and alone, so that nothing else decides which build it is. The stamp holds the TORCH that was named.
+$(STAMP): pyproject.toml | $(BIN)/python
+ifneq ($(TORCH_GIVEN),)
+	$(BIN)/python -m pip install $(TORCH_GIVEN)
+else
+	@$(BIN)/python -c '$(HAS_TORCH)' 2>/dev/null || (set -x; $(BIN)/python -m pip install $(TORCH))
+endif
+	$(BIN)/python -m pip install -e ".[$(EXTRAS)]"
+	@echo '$(TORCH_GIVEN)' > $@
+
+# Another TORCH than the one in the stamp: install again.
+ifneq ($(TORCH_GIVEN),)
+ifneq ($(TORCH_GIVEN),$(shell cat $(STAMP) 2>/dev/null))
+.PHONY: $(STAMP)
+endif
+endif

@@ -1,0 +1,118 @@
+"""The ``"msa"`` backend: what ``torch.compile`` calls with each captured graph."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from msa_compile._compat import lookup_backend
+from msa_compile.config import MSAConfig
+from msa_compile.errors import CaptureError, ConfigError, MSAError, SiteRefusedError, UnknownOptionError
+from msa_compile.passes.pipeline import run_passes
+from msa_compile.records import GraphRecord, Reason, Site
+
+log = logging.getLogger(__name__)
+
+INNER_COMPILERS = ("inductor", "aot_eager", "eager")
+
+
+class MSABackend:
+    """Rewrites captured graphs and hands them to an inner compiler.
+
+    Only errors of this package leave it: Dynamo turns many others into silent graph breaks.
+
+    Args:
+        config: What the user asks for.
+        inner: ``"inductor"``, or ``"aot_eager"`` and ``"eager"`` for debugging.
+        mode: Mode of the inner compiler, ``torch.compile``'s own names; Inductor only.
+    """
+
+    def __init__(self, config: MSAConfig, inner: str = "inductor", mode: str | None = None) -> None:
+        self.config = config
+        self.inner = check_inner(inner)
+        self.mode = mode
+        self.records: list[GraphRecord] = []
+        self.windows: dict[str, int] = {}
+        if mode not in (None, "default") and inner != "inductor":
+            raise UnknownOptionError(f"mode={mode!r} is a mode of Inductor; the inner compiler is {inner!r}. Drop one.")
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            result = run_passes(gm, self.config, self.windows)
+            check_strict(result.record.sites, self.config)
+            self.records.append(result.record)
+            return self._compile(result.module, example_inputs)
+        except MSAError:
+            raise
+        except Exception as error:
+            log.debug("the msa backend failed", exc_info=True)
+            raise CaptureError(
+                f"{type(error).__name__} while compiling the sparse graph with {self.inner!r}: {error}. "
+                'Try inner="eager" to tell a rewrite problem from a compiler problem.'
+            ) from error
+
+    def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        if self.inner == "eager":
+            return gm
+        if self.inner == "aot_eager":
+            compiled: Callable[..., Any] = lookup_backend("aot_eager")(gm, list(example_inputs))
+            return compiled
+        options = {} if self.mode in (None, "default") else torch._inductor.list_mode_options(self.mode)
+        compiled = torch._inductor.compile(gm, list(example_inputs), options=options)
+        return compiled
+
+
+def check_inner(inner: str) -> str:
+    """``inner`` if it names an inner compiler.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+    if inner not in INNER_COMPILERS:
+        raise ConfigError(f"inner={inner!r} is no inner compiler; choose one of {', '.join(INNER_COMPILERS)}")
+    return inner
+
+
+def check_strict(sites: Sequence[Site], config: MSAConfig) -> None:
+    """With ``strict=True``, refuse any site that was asked for and stays dense.
+
+    Raises:
+        SiteRefusedError: Naming each site, its reason and what was found.
+    """
+    if not config.strict:
+        return
+    refused = [site for site in sites if site.reason not in (None, Reason.EXCLUDED)]
+    if refused:
+        lines = "\n".join(f"  {s.name}: {s.reason.value if s.reason else ''}: {s.detail}" for s in refused)
+        raise SiteRefusedError(
+            f"strict=True, and {len(refused)} attention sites cannot be made sparse:\n{lines}\n"
+            "Name them in MSAConfig(exclude=...) if they may stay dense, or set strict=False."
+        )
+
+
+def msa(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """``torch.compile(model, backend="msa", options={...})``.
+
+    ``options`` are the fields of :class:`MSAConfig` and ``inner``. ``mode`` is passed on to Inductor. ``dynamic`` and
+    ``fullgraph`` belong to Dynamo and act before this backend. Unlike :func:`msa_compile.sparsify`, nothing guards the
+    model where this compiled function is not the one that runs it.
+
+    Raises:
+        UnknownOptionError: An option that does not exist.
+        ConfigError: An option outside its legal range.
+        CaptureError: A graph that cannot be rewritten.
+    """
+    given = dict(options or {})
+    inner = given.pop("inner", "inductor")
+    config = MSAConfig.from_options(given, also=("inner",))
+    return MSABackend(config, inner, mode)(gm, example_inputs)

@@ -1,0 +1,155 @@
+"""What the user asks for: one frozen record, validated when it is made."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any, Literal, NoReturn
+
+from msa_compile.errors import ConfigError, UnknownOptionError
+
+MAX_BLOCK_SIZE = 65536
+INDEXERS = ("auto", "keys")
+
+
+@dataclass(frozen=True)
+class MSAConfig:
+    """How sparse the attention shall be, and which attention sites are meant.
+
+    Each query attends to the visible tokens of at most `topk_blocks` blocks of `block_size` keys. The query's own block
+    and the blocks before it (`local_blocks`) and the first blocks of the row (`sink_blocks`) are always among them and
+    use up slots; the indexer chooses the rest.
+
+    >>> config = MSAConfig(block_size=64, topk_blocks=8, exclude="lm.layers.0.*")
+    >>> config.resolved_dense_below()
+    512
+    >>> config.matches("lm.layers.0.self_attn"), config.matches("lm.layers.1.self_attn")
+    (False, True)
+
+    Args:
+        block_size: Keys in a block, 1 to 65536.
+        topk_blocks: Blocks that one query of one key/value group attends to, at least 1; local and sink blocks count.
+        local_blocks: Blocks that are always selected, counted back from the query's own; 1 to `topk_blocks`.
+        sink_blocks: Blocks that are always selected, counted from the row's first; `local_blocks + sink_blocks` may not
+            exceed `topk_blocks`.
+        indexer: `"keys"` scores a block by the group's mean attention logit and has no parameters; `"auto"` takes the
+            best indexer that the site has, which is `"keys"` for a site without a calibrated one.
+        include: Globs over module paths, such as `"model.layers.*.self_attn"`; one string is one glob. `*` also matches
+            dots.
+        exclude: Globs over module paths that stay dense; they win over `include`.
+        dense_below: Calls with at most this many keys take the dense path; `"auto"` is `topk_blocks * block_size`; 0
+            never takes it.
+        strict: Whether a site that is meant but has to stay dense is an error.
+
+    Raises:
+        ConfigError: A field is outside its legal range.
+    """
+
+    block_size: int = 128
+    topk_blocks: int = 16
+    local_blocks: int = 1
+    sink_blocks: int = 0
+    indexer: Literal["auto", "keys"] = "auto"
+    include: tuple[str, ...] | str = ("*",)
+    exclude: tuple[str, ...] | str = ()
+    dense_below: int | Literal["auto"] = "auto"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_int("block_size", 1, MAX_BLOCK_SIZE)
+        self._check_int("topk_blocks", 1, None)
+        self._check_int("local_blocks", 1, self.topk_blocks, "topk_blocks")
+        self._check_int("sink_blocks", 0, self.topk_blocks - self.local_blocks, "topk_blocks - local_blocks")
+        indexer: object = self.indexer
+        if not (isinstance(indexer, str) and indexer in INDEXERS):
+            needs = "; a learned indexer needs calibration, which is not available in this version"
+            self._refuse("indexer", f"one of {_quoted(INDEXERS)}" + (needs if indexer == "learned" else ""))
+        # The record is frozen for its readers; globs are brought to one form before anybody reads them.
+        object.__setattr__(self, "include", self._globs("include"))
+        object.__setattr__(self, "exclude", self._globs("exclude"))
+        if not self.include:
+            self._refuse("include", "at least one glob over module paths; ('*',) means every module")
+        if self.dense_below != "auto" and not (_is_int(self.dense_below) and self.dense_below >= 0):
+            self._refuse("dense_below", "'auto' or an int of 0 or more")
+        if not isinstance(self.strict, bool):
+            self._refuse("strict", "True or False")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None, *, also: Iterable[str] = ()) -> MSAConfig:
+        """Makes a config of the `options` that the user gave to `torch.compile(..., backend="msa")`.
+
+        >>> MSAConfig.from_options({"block_size": 64}).block_size
+        64
+
+        Args:
+            options: Field names of `MSAConfig` and their values; None is no options.
+            also: Further legal names, which the caller reads itself; they are skipped here.
+
+        Returns:
+            The config, defaults where `options` says nothing.
+
+        Raises:
+            UnknownOptionError: A name is neither a field nor in `also`.
+            ConfigError: A value is outside its field's legal range.
+        """
+        names = [field.name for field in fields(cls)]
+        skipped = list(also)
+        given = dict(options or {})
+        unknown = [name for name in given if name not in names and name not in skipped]
+        if unknown:
+            legal = [*names, *skipped]
+            raise UnknownOptionError(
+                "; ".join(_unknown_option(name, legal) for name in unknown) + f". Legal options: {', '.join(legal)}"
+            )
+        return cls(**{name: value for name, value in given.items() if name in names})
+
+    def matches(self, name: str) -> bool:
+        """Whether the module path `name` is meant: some glob of `include` matches it, and none of `exclude`.
+
+        The model itself has the path `""`, which `"*"` matches. Letters match in their own case.
+        """
+        return any(fnmatchcase(name, glob) for glob in self.include) and not any(
+            fnmatchcase(name, glob) for glob in self.exclude
+        )
+
+    def resolved_dense_below(self) -> int:
+        """The number of keys up to which a call takes the dense path.
+
+        `"auto"` means `topk_blocks * block_size`: up to there every visible block is selected, so that dense attention
+        is the same attention and cheaper.
+        """
+        if isinstance(self.dense_below, int):
+            return self.dense_below
+        return self.topk_blocks * self.block_size
+
+    def _check_int(self, field: str, low: int, high: int | None, bound: str = "") -> None:
+        value = getattr(self, field)
+        if not (_is_int(value) and value >= low and (high is None or value <= high)):
+            named = f" ({bound})" if bound else ""
+            span = f"of {low} or more" if high is None else f"from {low} to {high}{named}"
+            self._refuse(field, f"an int {span}")
+
+    def _globs(self, field: str) -> tuple[str, ...]:
+        value = getattr(self, field)
+        globs = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else None
+        if globs is None or not all(isinstance(glob, str) for glob in globs):
+            self._refuse(field, "a glob over module paths, or a tuple or list of globs")
+        return globs
+
+    def _refuse(self, field: str, legal: str) -> NoReturn:
+        raise ConfigError(f"MSAConfig.{field} is {getattr(self, field)!r}; it must be {legal}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _unknown_option(name: object, legal: list[str]) -> str:
+    close = difflib.get_close_matches(str(name), legal, n=3)
+    return f"unknown option {name!r}" + (f" (did you mean {' or '.join(map(repr, close))}?)" if close else "")

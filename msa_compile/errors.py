@@ -1,0 +1,61 @@
+"""One class per mistake, so that a caller can catch exactly the one that is theirs to handle.
+
+The raiser writes the message: it names what was found, and what to do about it. A model that is merely not rewritten is
+no error but a refusal with a reason, shown by `msa_compile.explain`.
+"""
+
+
+class MSAError(Exception):
+    """Base of every error that `msa_compile` raises on purpose."""
+
+
+class ConfigError(MSAError, ValueError):
+    """Raised when a field of `MSAConfig` has a value outside its legal range."""
+
+
+class UnknownOptionError(MSAError, ValueError):
+    """Raised when `torch.compile(..., backend="msa", options=...)` is given an option that does not exist."""
+
+
+class KernelArgumentError(MSAError, ValueError):
+    """Raised when an op of `msa_compile.kernels` is called with shapes, dtypes or values that it does not accept."""
+
+
+class ExampleInputsError(MSAError, TypeError):
+    """Raised when `example_inputs` is not something that the model's `forward` can be called with."""
+
+
+class CompiledModelError(MSAError, TypeError):
+    """Raised when `sparsify` is given the result of `torch.compile`; sparsify the original module first."""
+
+
+class DataParallelError(MSAError, RuntimeError):
+    """Raised when a sparsified model runs as a replica of `torch.nn.DataParallel`, which copies modules by hand."""
+
+
+class NothingToSparsifyError(MSAError, ValueError):
+    """Raised when no attention site of the model can be made sparse; the refusals, if any, are in the message."""
+
+
+class SiteRefusedError(MSAError, ValueError):
+    """Raised under `strict=True` when at least one attention site was found but stays dense."""
+
+
+class AlreadySparseError(MSAError, ValueError):
+    """Raised when `sparsify` is given a model that is sparse already; call `unsparsify` first."""
+
+
+class NotSparseError(MSAError, ValueError):
+    """Raised when a verb that needs a sparsified model, such as `unsparsify` or `dense`, is given another one."""
+
+
+class CaptureError(MSAError, RuntimeError):
+    """Raised when the model could not be captured as a graph, so that its attention was never seen."""
+
+
+class GraphError(MSAError, RuntimeError):
+    """Raised when a graph breaks an invariant that the passes keep: a bug of `msa_compile`, not of the model."""
+
+
+class ExportNotSparseError(MSAError, RuntimeError):
+    """Raised when an exported program would hold dense attention where the model in memory is sparse."""

@@ -1,0 +1,72 @@
+"""The dense path: attention to every visible token, where a call is too short for blocks to pay."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from msa_compile.kernels.block_sparse_attention import reference
+from msa_compile.kernels.visibility import find_visibility
+
+
+def attend_densely(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    window: int | None,
+    query_start: Tensor | None,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    document_start: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """Attend to every visible token; arguments and result as in `op.py`, block ids left out."""
+    if softcap is not None or sinks is not None:
+        return reference.dense_attention(
+            query,
+            key,
+            value,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            window=window,
+            query_start=query_start,
+            key_start=key_start,
+            key_end=key_end,
+            document_start=document_start,
+            mask=mask,
+        )
+    query_length, key_length = query.shape[2], key.shape[2]
+    if query.numel() == 0 or key_length == 0:
+        return query.new_zeros(query.shape)
+    bounds = (window, query_start, key_start, key_end, document_start, mask)
+    is_plain = all(bound is None for bound in bounds)
+    if is_plain and (query_length == key_length or query_length == 1):
+        # The one newest query sees every key; a square of queries is what is_causal means.
+        is_causal = query_length > 1
+        output = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=True)
+        return output.contiguous()
+    visible = find_visibility(
+        query_length=query_length,
+        key_length=key_length,
+        device=query.device,
+        window=window,
+        query_start=query_start,
+        key_start=key_start,
+        key_end=key_end,
+        document_start=document_start,
+        mask=mask,
+    ).of_all_slots()
+    # Slots that no query sees may hold anything, and softmax weight 0 times NaN is NaN.
+    is_seen = visible.any(-2)[..., None]
+    key, value = torch.where(is_seen, key, 0), torch.where(is_seen, value, 0)
+    sees_any = visible.any(-1, keepdim=True)
+    if visible.shape[1] > 1:
+        heads_a_group = query.shape[1] // key.shape[1]
+        visible = visible.repeat_interleave(heads_a_group, dim=1)
+        sees_any = sees_any.repeat_interleave(heads_a_group, dim=1)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale, enable_gqa=True)
+    return torch.where(sees_any, output, 0).contiguous()

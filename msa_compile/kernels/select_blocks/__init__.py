@@ -1,0 +1,5 @@
+"""Choose the key blocks that each query and group attends to."""
+
+from msa_compile.kernels.select_blocks.op import select_blocks
+
+__all__ = ["select_blocks"]

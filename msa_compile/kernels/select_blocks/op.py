@@ -1,0 +1,164 @@
+"""The op `msa::select_blocks`: schema, fake, autocast, and the public function that checks arguments and calls it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msa_compile.errors import KernelArgumentError
+from msa_compile.kernels.arguments import (
+    check_at_least,
+    check_device,
+    check_dimensions,
+    check_floating,
+    check_size,
+    check_visibility,
+)
+from msa_compile.kernels.autocast import register_autocast
+from msa_compile.kernels.select_blocks import reference
+
+
+def select_blocks(
+    index_query: Tensor,
+    index_key: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    local_blocks: int = 1,
+    sink_blocks: int = 0,
+    query_start: Tensor | None = None,
+    key_start: Tensor | None = None,
+    key_end: Tensor | None = None,
+    document_start: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Choose, for each query and group, the key blocks worth attending to.
+
+        s[j] = <index_query[b, r, i], index_key[b, r, j]>        for visible slots j, in float32 (float64 for float64)
+        m[n] = max of s[j] over the visible slots of block n
+
+    Query `i` of row `b` is at slot `p = query_start[b] + i`. It sees slot `j` when `j <= p`,
+    `key_start[b] <= j < key_end[b]`, `j >= document_start[b, i]` and the mask allows it. Blocks start at its anchor
+    `a = max(key_start[b], document_start[b, i])`: block `n` covers the slots `[a + n * block_size,
+    a + (n + 1) * block_size)`. A block without a visible slot is never chosen. The block of the query,
+    `(p - a) // block_size`, the `local_blocks - 1` before it and the first `sink_blocks` blocks are always chosen and
+    use places of `topk`; the other places go to the highest `m`, ties to the lower id. A NaN score counts as the
+    lowest; infinite scores count as the largest and smallest finite numbers.
+
+    Args:
+        index_query: `[B, Hkv, Tq, D]` floating point.
+        index_key: `[B, Hkv, Tk, D]`, or `[B, 1, Tk, D]` for one key head shared by all groups; dtype of `index_query`.
+        block_size: slots a block, at least 1.
+        topk: places a query, at least `local_blocks + sink_blocks`.
+        local_blocks: newest blocks that are always chosen, at least 1.
+        sink_blocks: oldest blocks that are always chosen, at least 0.
+        query_start: `[B]` int32 or int64, slot of the first query; default `Tk - Tq`.
+        key_start: `[B]` int32 or int64, first visible slot of the row, `0 .. Tk`; default 0.
+        key_end: `[B]` int32 or int64, one past the last visible slot of the row, `0 .. Tk`; default `Tk`.
+        document_start: `[B, Tq]` int32 or int64, first slot of the document of each query; default 0.
+        mask: bool, broadcastable to `[B, Hkv, Tq, Tk]`, True where the slot may be seen; it can only hide slots.
+
+    Returns:
+        `[B, Hkv, Tq, topk]` int32, contiguous: block ids ascending, without duplicates, -1 on the right. No gradient.
+
+    Raises:
+        KernelArgumentError: a shape, dtype, device or number outside the ranges above.
+
+    Source: MiniMax Sparse Attention (arXiv 2606.13392), equations 6 and 7; DESIGN.md section 3.
+    """
+    check_dimensions("index_query", index_query, "[B, Hkv, Tq, D]")
+    check_dimensions("index_key", index_key, "[B, 1 or Hkv, Tk, D]")
+    check_floating("index_query", index_query)
+    batch, groups, query_length, width = index_query.shape
+    check_device("index_key", index_key, index_query.device)
+    if index_key.dtype != index_query.dtype:
+        raise KernelArgumentError(
+            f"index_key: found dtype {index_key.dtype}; legal is {index_query.dtype}, the dtype of index_query"
+        )
+    check_size("index_key", index_key, 0, batch, "the batch of index_query")
+    check_size("index_key", index_key, 3, width, "the width of index_query")
+    if index_key.shape[1] != 1 and index_key.shape[1] != groups:
+        raise KernelArgumentError(
+            f"index_key: found {index_key.shape[1]} heads; legal are 1 or {groups}, the heads of index_query"
+        )
+    check_at_least("block_size", block_size, 1)
+    check_at_least("local_blocks", local_blocks, 1)
+    check_at_least("sink_blocks", sink_blocks, 0)
+    if topk < local_blocks + sink_blocks:
+        raise KernelArgumentError(
+            f"topk: found {topk}; legal are integers from {local_blocks + sink_blocks}, "
+            f"local_blocks ({local_blocks}) + sink_blocks ({sink_blocks}), which use places of topk"
+        )
+    check_visibility(
+        batch=batch,
+        groups=groups,
+        query_length=query_length,
+        key_length=index_key.shape[2],
+        device=index_query.device,
+        query_start=query_start,
+        key_start=key_start,
+        key_end=key_end,
+        document_start=document_start,
+        mask=mask,
+    )
+    selected: Tensor = torch.ops.msa.select_blocks(
+        index_query,
+        index_key,
+        block_size,
+        topk,
+        local_blocks,
+        sink_blocks,
+        query_start,
+        key_start,
+        key_end,
+        document_start,
+        mask,
+    )
+    return selected
+
+
+def _run_reference(
+    index_query: Tensor,
+    index_key: Tensor,
+    block_size: int,
+    topk: int,
+    local_blocks: int = 1,
+    sink_blocks: int = 0,
+    query_start: Tensor | None = None,
+    key_start: Tensor | None = None,
+    key_end: Tensor | None = None,
+    document_start: Tensor | None = None,
+    mask: Tensor | None = None,
+    dense_below: int = 0,
+) -> Tensor:
+    if index_key.shape[2] <= dense_below:
+        # The attention op ignores the ids of a call this short. Decided here, from the size at hand: a cache that grows
+        # past the bound needs no new graph.
+        return index_query.new_full((*index_query.shape[:3], topk), -1, dtype=torch.int32)
+    return reference.select_blocks(
+        index_query,
+        index_key,
+        block_size=block_size,
+        topk=topk,
+        local_blocks=local_blocks,
+        sink_blocks=sink_blocks,
+        query_start=query_start,
+        key_start=key_start,
+        key_end=key_end,
+        document_start=document_start,
+        mask=mask,
+    )
+
+
+_op = torch.library.custom_op("msa::select_blocks", _run_reference, mutates_args=(), device_types="cpu")
+# The reference path, not yet a fused kernel: it runs wherever torch does.
+_op.register_kernel("cuda", _run_reference)
+
+
+@_op.register_fake
+def _fake(index_query: Tensor, index_key: Tensor, block_size: int, topk: int, *rest: Any) -> Tensor:
+    return index_query.new_empty((*index_query.shape[:3], topk), dtype=torch.int32)
+
+
+# Index scores keep the precision of their inputs: autocast would round the products that are compared.
+register_autocast("select_blocks", cast_first=0)

@@ -1,0 +1,127 @@
+"""Block selection in plain torch: the specification, on any device. Arguments and result as in `op.py`."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from msa_compile.kernels.visibility import Visibility, find_visibility
+
+# Token scores held at once, in elements; a chunk of queries is sized to it, so memory grows with Tk and never Tq * Tk.
+_WORKSPACE = 1 << 21
+
+
+def select_blocks(
+    index_query: Tensor,
+    index_key: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    local_blocks: int = 1,
+    sink_blocks: int = 0,
+    query_start: Tensor | None = None,
+    key_start: Tensor | None = None,
+    key_end: Tensor | None = None,
+    document_start: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Choose key blocks by the best visible token of each; as in `op.py`."""
+    batch, groups, query_length, _ = index_query.shape
+    key_length = index_key.shape[2]
+    device = index_query.device
+    selected = torch.full((batch, groups, query_length, topk), -1, dtype=torch.int32, device=device)
+    if selected.numel() == 0 or key_length == 0:
+        return selected
+
+    blocks = -(-key_length // block_size)
+    visibility = find_visibility(
+        query_length=query_length,
+        key_length=key_length,
+        device=device,
+        query_start=query_start,
+        key_start=key_start,
+        key_end=key_end,
+        document_start=document_start,
+        mask=mask,
+    )
+    is_anchored_at_zero = key_start is None and document_start is None
+    precision = torch.float64 if index_query.dtype == torch.float64 else torch.float32
+    index_key = index_key.to(precision)
+    step = max(1, _WORKSPACE // (batch * groups * blocks * block_size))
+    for start in range(0, query_length, step):
+        end = min(start + step, query_length)
+        seen = visibility.rows(start, end)
+        scores = _score_tokens(index_query[:, :, start:end].to(precision), index_key)
+        if is_anchored_at_zero:
+            tail = (0, blocks * block_size - key_length)
+            visible = F.pad(seen.of_all_slots(), tail, value=False)
+            scores = F.pad(scores, tail)
+        else:
+            slots = seen.anchor[:, None, :, None] + torch.arange(blocks * block_size, device=device)
+            visible = seen.of_slots(slots)
+            scores = scores.gather(-1, slots.clamp(max=key_length - 1).expand(*scores.shape[:3], -1))
+        chosen = _choose(
+            scores,
+            visible,
+            seen,
+            block_size=block_size,
+            topk=topk,
+            local_blocks=local_blocks,
+            sink_blocks=sink_blocks,
+        )
+        selected[:, :, start:end, : chosen.shape[-1]] = chosen
+    return selected
+
+
+def _score_tokens(index_query: Tensor, index_key: Tensor) -> Tensor:
+    """Return `<index_query, index_key>`, `[B, Hkv, Tq, Tk]`, for `index_key` of one head or `Hkv`."""
+    if index_key.shape[1] == index_query.shape[1]:
+        return index_query @ index_key.transpose(-1, -2)
+    # One shared key head: the groups become rows of one product, which does not copy the keys once a group.
+    batch, groups, query_length, width = index_query.shape
+    scores = index_query.reshape(batch, groups * query_length, width) @ index_key[:, 0].transpose(-1, -2)
+    return scores.view(batch, groups, query_length, -1)
+
+
+def _choose(
+    scores: Tensor,
+    visible: Tensor,
+    seen: Visibility,
+    *,
+    block_size: int,
+    topk: int,
+    local_blocks: int,
+    sink_blocks: int,
+) -> Tensor:
+    """Choose blocks by token scores that are laid out block after block.
+
+    Args:
+        scores: `[B, Hkv, Tq, N * block_size]`; anything where not visible. Overwritten.
+        visible: `[B|1, Hkv|1, Tq, N * block_size]` bool.
+        seen: visibility of the same queries.
+        block_size: tokens a block.
+        topk: most blocks to choose.
+        local_blocks: newest blocks that are always chosen.
+        sink_blocks: oldest blocks that are always chosen.
+
+    Returns:
+        `[B, Hkv, Tq, min(topk, N)]` int64, ascending, -1 on the right.
+    """
+    # Masked before the maximum: an invisible slot may hold NaN, and a visible NaN must not hide its neighbours.
+    scores = scores.masked_fill_(~visible | scores.isnan(), -torch.inf)
+    by_block = scores.view(*scores.shape[:3], -1, block_size).amax(-1)
+    has_visible = visible.view(*visible.shape[:3], -1, block_size).any(-1)
+
+    block = torch.arange(by_block.shape[-1], device=scores.device)
+    local = torch.div(seen.position - seen.anchor, block_size, rounding_mode="floor")[:, None, :, None]
+    is_forced = ((block <= local) & (block > local - local_blocks)) | (block < sink_blocks)
+
+    # Finite scores leave +inf to forced blocks and -inf to blocks that cannot be chosen, so one sort ranks them all.
+    finite = torch.finfo(by_block.dtype)
+    rank = by_block.clamp(finite.min, finite.max).masked_fill(is_forced, torch.inf)
+    rank = rank.masked_fill(~has_visible, -torch.inf)
+    # Stable: equal scores keep the order of their ids. topk() promises no order among ties.
+    best = rank.sort(dim=-1, descending=True, stable=True)
+    last = by_block.shape[-1]
+    chosen = best.indices[..., :topk].masked_fill(best.values[..., :topk] == -torch.inf, last)
+    chosen = chosen.sort(dim=-1).values
+    return chosen.masked_fill(chosen == last, -1)

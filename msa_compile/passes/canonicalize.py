@@ -1,0 +1,151 @@
+"""Re-trace a Dynamo graph to pre-dispatch ATen, the one IR that detection and rewriting know.
+
+The trace keeps node metadata, runs above autograd (so training works), and leaves every higher-order operator as an
+opaque call: executing one here would inline it and lose custom gradients or checkpointing. Bodies that may hold attention
+are re-traced apart.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from msa_compile import _compat
+from msa_compile.errors import CaptureError
+
+log = logging.getLogger(__name__)
+
+# Bodies of these run exactly once, in place, so a site inside one is a site of the model.
+TRANSPARENT_BODIES = (_compat.tag_activation_checkpoint,)
+
+_INFERENCE_MODE = (torch.autograd.grad_mode._enter_inference_mode, torch.autograd.grad_mode._exit_inference_mode)
+
+
+def canonicalize(gm: GraphModule) -> GraphModule:
+    """The pre-dispatch ATen form of ``gm``, with the same placeholders in the same order.
+
+    Args:
+        gm: A graph from Dynamo; each placeholder has ``meta["example_value"]``.
+
+    Raises:
+        CaptureError: If the graph holds what cannot be re-traced (tensor subclasses) or the trace fails.
+    """
+    fake_mode = _fake_mode_of(gm)
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    inputs = [_refake(node.meta.get("example_value"), fake_mode, node.name) for node in placeholders]
+    retracer = _Retracer(gm, fake_mode)
+    try:
+        with fake_mode, fx_traceback.preserve_node_meta():
+            traced = _compat.make_fx(_as_function(retracer), pre_dispatch=True)(*inputs)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"the captured graph could not be re-traced to ATen: {type(error).__name__}: {error}. "
+            "Report this with the model's code; `msa_compile.unsparsify(model)` gives the dense model back."
+        ) from error
+    traced.meta.update(gm.meta)
+    for old, new in zip(placeholders, [n for n in traced.graph.nodes if n.op == "placeholder"], strict=True):
+        # AOTAutograd reads sources and static-address marks from here.
+        new.meta = {**old.meta, "val": new.meta.get("val", old.meta.get("example_value"))}
+        new.target = old.target
+        new._rename(old.name)
+    for name in retracer.transparent_bodies:
+        body = getattr(gm, name)
+        setattr(traced, retracer.renamed[name], canonicalize(body))
+    traced.recompile()
+    return traced
+
+
+def _as_function(interpreter: Interpreter) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        return interpreter.run(*args)
+
+    return run
+
+
+def _fake_mode_of(gm: GraphModule) -> _compat.FakeTensorMode:
+    context = _compat.TracingContext.try_get()
+    if context is not None and context.fake_mode is not None:
+        return context.fake_mode
+    for node in gm.graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, _compat.FakeTensor):
+            return value.fake_mode
+    return _compat.FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _refake(value: Any, fake_mode: _compat.FakeTensorMode, name: str) -> Any:
+    """``value`` in ``fake_mode``: Dynamo's example values belong to another mode of the same shape environment."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if _compat.is_traceable_wrapper_subclass(value):
+        raise CaptureError(
+            f"input {name} is a {type(value).__name__}; tensor subclasses (DTensor, quantised tensors) are not supported "
+            "in this version. Sparsify the model before it is distributed or quantised, or leave it dense."
+        )
+    with fake_mode, _compat.disable_proxy_modes_tracing():
+        fake = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+    return fake.requires_grad_(value.requires_grad) if value.requires_grad else fake
+
+
+class _Retracer(Interpreter):
+    """Runs a Dynamo graph under ``make_fx``."""
+
+    def __init__(self, gm: GraphModule, fake_mode: _compat.FakeTensorMode) -> None:
+        super().__init__(gm)
+        self.fake_mode = fake_mode
+        self.transparent_bodies: list[str] = []
+        self.renamed: dict[str, str] = {}
+        self._node: Node | None = None
+
+    def run_node(self, n: Node) -> Any:
+        self._node = n
+        if n.op == "call_function" and isinstance(n.target, _compat.HigherOrderOperator):
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            return self._emit_opaque(n, args, kwargs)
+        if n.op == "call_function" and n.target in _INFERENCE_MODE:
+            # Executed here, the region would be lost from the trace.
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            return _proxy_mode().tracer.create_proxy("call_function", n.target, args, kwargs)
+        return super().run_node(n)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target == "item" and self._node is not None and isinstance(args[0], torch.Tensor):
+            # dynamic=True hands Python floats in as 0-d tensors; Dynamo knows the value of their .item().
+            known = self._node.meta.get("example_value")
+            if known is not None:
+                args[0].item_memo = known
+        return super().call_method(target, args, kwargs)
+
+    def _emit_opaque(self, node: Node, args: Any, kwargs: Any) -> Any:
+        mode = _proxy_mode()
+        tracer = mode.tracer
+        for source in node.all_input_nodes:
+            if source.op != "get_attr":
+                continue
+            name = str(source.target)
+            body = getattr(self.module, name, None)
+            if isinstance(body, GraphModule) and name not in self.renamed:
+                self.renamed[name] = name
+                tracer.root.register_module(name, body)
+                if node.target in TRANSPARENT_BODIES:
+                    self.transparent_bodies.append(name)
+        proxy_args, proxy_kwargs = pytree.tree_map(tracer.unwrap_proxy, (tuple(args), dict(kwargs)))
+        out = tracer.create_proxy("call_function", node.target, proxy_args, proxy_kwargs)
+        example = pytree.tree_map(
+            lambda value: _refake(value, self.fake_mode, node.name), node.meta.get("example_value")
+        )
+        return _compat.track_tensor_tree(example, out, constant=None, tracer=tracer)
+
+
+def _proxy_mode() -> Any:
+    mode = _compat.get_proxy_mode()
+    assert mode is not None, "re-tracing runs under make_fx"
+    return mode

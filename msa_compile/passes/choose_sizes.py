@@ -1,0 +1,65 @@
+"""Concrete sizes for symbolic shapes: what a proof runs at, always inside the guards of the graph it proves."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+import sympy
+import torch
+
+from msa_compile.passes.replay import Sizes, bind, expression
+
+
+class SizeSpace:
+    """The sizes at which one graph may be called."""
+
+    def __init__(self, sizes: Iterable[object]) -> None:
+        self._env = next((s.node.shape_env for s in sizes if isinstance(s, torch.SymInt)), None)
+
+    def holds(self, sizes: Sizes) -> bool:
+        """Whether the graph's own guards allow ``sizes``."""
+        if self._env is None:
+            return True
+        for symbol, value in sizes.items():
+            bounds = self._env.var_to_range.get(symbol)
+            if bounds is not None and not (bounds.lower <= value <= bounds.upper):
+                return False
+        return all(bind(guard.expr, sizes) != sympy.false for guard in self._env.guards)
+
+    def upper_bound(self, size: object) -> int | None:
+        """The largest value that the guards allow for a size, when it is bounded."""
+        if self._env is None or not isinstance(size, torch.SymInt):
+            return None
+        bounds = self._env.bound_sympy(size.node.expr)
+        return int(bounds.upper) if bounds.upper.is_finite and bounds.upper < 2**31 else None
+
+    def lower_bounds(self, symbols: Iterable[sympy.Symbol]) -> list[int]:
+        """The smallest value that the guards allow for each symbol."""
+        if self._env is None:
+            return []
+        bounds = (self._env.var_to_range.get(symbol) for symbol in symbols)
+        return [int(bound.lower) for bound in bounds if bound is not None and bound.lower.is_finite]
+
+    def samples(self, symbols: Iterable[sympy.Symbol], values: Iterable[int], limit: int) -> Iterator[Sizes]:
+        """Up to ``limit`` allowed assignments of ``values``, distinct values for distinct symbols first."""
+        names = sorted(symbols, key=str)
+        if not names:
+            yield {}
+            return
+        pool = list(values)
+        combinations = itertools.product(pool, repeat=len(names))
+        spread = sorted(itertools.islice(combinations, 4096), key=lambda c: -len(set(c)))
+        found = 0
+        for combination in spread:
+            sizes = dict(zip(names, combination, strict=True))
+            if self.holds(sizes):
+                yield sizes
+                found += 1
+                if found == limit:
+                    return
+
+
+def shape_symbols(*tensors: torch.Tensor) -> set[sympy.Symbol]:
+    """Every symbol in the shapes of ``tensors``."""
+    return {symbol for tensor in tensors for size in tensor.shape for symbol in expression(size).free_symbols}

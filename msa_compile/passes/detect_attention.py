@@ -1,0 +1,140 @@
+"""Find every attention of a graph and prove what it is, or say why not. Reads only."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from msa_compile.passes.attention import Attention, Heads, MaskProof, Refused
+from msa_compile.passes.check_projections import check_projections
+from msa_compile.passes.graph_facts import GraphFacts
+from msa_compile.passes.match_sdpa import is_sdpa, match_sdpa
+from msa_compile.passes.match_softmax_chain import is_softmax, match_softmax_chain
+from msa_compile.passes.prove_heads import prove_heads
+from msa_compile.passes.prove_mask import prove_mask
+from msa_compile.records import Reason
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Proved:
+    """Everything about one attention that the rewrite needs, proved."""
+
+    attention: Attention
+    key: Heads
+    value: Heads
+    mask: MaskProof
+
+
+@dataclass(frozen=True)
+class Found:
+    """One attention of a graph: proved, or refused with a reason.
+
+    Attributes:
+        anchor: The node it was found at.
+        name: Module path of its owner.
+        source: ``file:line``.
+        form: Spelling, for the report.
+        query_heads, key_value_heads, head_dim: 0 where not known.
+        proved: The proof, or ``None``.
+        reason, detail: Why not, when ``proved`` is ``None``.
+    """
+
+    anchor: Node
+    name: str
+    source: str
+    form: str
+    query_heads: int
+    key_value_heads: int
+    head_dim: int
+    proved: Proved | None
+    reason: Reason | None
+    detail: str
+
+
+def detect_attention(graph: Graph) -> list[Found]:
+    """Every attention of ``graph``, in order; a second one of the same module is named ``"path:1"``."""
+    facts = GraphFacts(graph)
+    found: list[Found] = []
+    seen: dict[str, int] = {}
+    for node in graph.nodes:
+        entry = _detect(facts, node, seen)
+        if entry is not None:
+            found.append(entry)
+            log.debug("%s at %s: %s", entry.form, entry.name, entry.reason or entry.proved)
+    return found
+
+
+def _detect(facts: GraphFacts, node: Node, seen: dict[str, int]) -> Found | None:
+    attention: Attention | None = None
+    form = "sdpa" if is_sdpa(node) else "eager"
+    heads = (0, 0, 0)
+    try:
+        if is_sdpa(node):
+            attention = match_sdpa(node)
+        elif is_softmax(node):
+            attention = match_softmax_chain(facts, node)
+        if attention is None:
+            return None
+        query = attention.query.meta["val"]
+        heads = (int(query.shape[1]), 0, int(query.shape[-1]))
+        key = prove_heads(facts, attention, attention.key, transposed=attention.key_transposed)
+        heads = (heads[0], key.count, heads[2])
+        form = f"{form}/{key.spelling}"
+        proved = _prove(facts, attention, key)
+    except Refused as refusal:
+        return _found(node, seen, form, heads, None, refusal.reason, refusal.detail)
+    return _found(node, seen, form, heads, proved, None, proved.mask.detail)
+
+
+def _prove(facts: GraphFacts, attention: Attention, key: Heads) -> Proved:
+    check_projections(facts, attention, key.node)
+    value = prove_heads(facts, attention, attention.value)
+    if value.count != key.count:
+        raise Refused(Reason.HEAD_LAYOUT, f"{key.count} key heads against {value.count} value heads")
+    dims = {
+        "query": attention.query.meta["val"].shape[-1],
+        "key": key.node.meta["val"].shape[key.permutation[-1]],
+        "value": value.node.meta["val"].shape[value.permutation[-1]],
+    }
+    if len(set(dims.values())) > 1:
+        raise Refused(Reason.HEAD_DIM, ", ".join(f"{name} {dim}" for name, dim in dims.items()))
+    length = key.node.meta["val"].shape[key.permutation[2]]
+    return Proved(attention, key, value, prove_mask(facts, attention, length))
+
+
+def _found(
+    node: Node,
+    seen: dict[str, int],
+    form: str,
+    heads: tuple[int, int, int],
+    proved: Proved | None,
+    reason: Reason | None,
+    detail: str,
+) -> Found:
+    path = owner_path(node)
+    count = seen.get(path, 0)
+    seen[path] = count + 1
+    name = path if count == 0 else f"{path}:{count}"
+    return Found(node, name, _source(node), form, *heads, proved=proved, reason=reason, detail=detail)
+
+
+def owner_path(node: Node) -> str:
+    """Module path of the innermost module around ``node``; ``""`` for the root."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path, _ = list(stack.values())[-1]
+    # Dynamo writes L['module'].layers.0.attn; older versions L['self']._modules['layers']._modules['0'].
+    path = re.sub(r"^L\['\w+'\]\.?", "", re.sub(r"getattr\((.*), '([^']+)'\)", r"\1.\2", path))
+    return re.sub(r"\.?(?:_modules)?\['(\w+)'\]", r".\1", path).lstrip(".")
+
+
+def _source(node: Node) -> str:
+    """The innermost line of the model's own code that made ``node``."""
+    places = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f"{places[-1][0].rsplit('/', 1)[-1]}:{places[-1][1]}" if places else ""

@@ -1,0 +1,33 @@
+"""Dead-code elimination that knows mutation: an in-place cache write has no users and must stay."""
+
+from __future__ import annotations
+
+import operator
+
+from torch.fx import Graph, Node
+
+from msa_compile._compat import OpOverload
+
+
+def eliminate_dead_code(graph: Graph) -> int:
+    """Remove pure calls without users; returns how many.
+
+    ``Graph.eliminate_dead_code`` deletes a user-less ``index_copy_`` and with it the KV cache (facts/detect 2), so purity is
+    read from the op's schema here.
+    """
+    removed = 0
+    for node in reversed(list(graph.nodes)):
+        if not node.users and _is_pure(node):
+            graph.erase_node(node)
+            removed += 1
+    return removed
+
+
+def _is_pure(node: Node) -> bool:
+    if node.op == "get_attr":
+        return True
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, OpOverload):
+        return not node.target._schema.is_mutable and not node.is_impure()
+    return node.target is operator.getitem or getattr(node.target, "__module__", "") == "_operator"

@@ -1,0 +1,124 @@
+"""Facts about one ATen graph that every pass reads: order, aliases, in-place writes, and what a value is made from."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.fx import Graph, Node
+
+from msa_compile._compat import OpOverload
+
+
+class GraphFacts:
+    """Alias and mutation facts of a graph, computed once.
+
+    A static cache is written in place and read through its own placeholder, so data dependence alone would say that the
+    keys come from nowhere. Here a value is made from its arguments *and* from the in-place writes to its memory that
+    precede the read.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.position: dict[Node, int] = {}
+        self._root: dict[Node, Node] = {}
+        self._writes: dict[Node, list[Node]] = {}
+        for index, node in enumerate(graph.nodes):
+            self.position[node] = index
+            self._root[node] = self._alias_root(node)
+
+    def _alias_root(self, node: Node) -> Node:
+        root = node
+        if node.target is operator.getitem and isinstance(node.args[0], Node):
+            return self._root[node.args[0]]
+        if not isinstance(node.target, OpOverload):
+            return root
+        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+            if argument.alias_info is None:
+                continue
+            for source in value if isinstance(value, (list, tuple)) else (value,):
+                if not isinstance(source, Node):
+                    continue
+                root = self._root[source]
+                if argument.alias_info.is_write:
+                    self._writes.setdefault(root, []).append(node)
+        return root
+
+    def root(self, node: Node) -> Node:
+        """The node whose memory ``node`` may share; ``node`` itself when it owns its memory."""
+        return self._root[node]
+
+    def writes(self, node: Node, before: Node) -> list[Node]:
+        """In-place writes to the memory of ``node`` that precede ``before``, in order."""
+        limit = self.position[before]
+        return [write for write in self._writes.get(self._root[node], ()) if self.position[write] < limit]
+
+    def written_between(self, node: Node, start: Node, end: Node) -> bool:
+        """Whether the memory of ``node`` is written after ``start`` and before ``end``."""
+        first = self.position[start]
+        return any(self.position[write] > first for write in self.writes(node, end))
+
+    def makers(
+        self, node: Node, reader: Node, stop: Callable[[Node], bool] = lambda node: False
+    ) -> tuple[set[Node], set[Node]]:
+        """All nodes that ``node``, as read by ``reader``, is made from.
+
+        Returns:
+            ``(inner, boundary)``: nodes walked through, and nodes where ``stop`` held or that have no inputs. The walk
+            follows arguments and earlier in-place writes.
+        """
+        inner: set[Node] = set()
+        boundary: set[Node] = set()
+        reached: dict[Node, int] = {}
+        pending: list[tuple[Node, Node]] = [(node, reader)]
+        while pending:
+            current, before = pending.pop()
+            limit = self.position[before]
+            if reached.get(current, -1) >= limit:
+                continue
+            reached[current] = limit
+            if stop(current):
+                boundary.add(current)
+                continue
+            pending.extend((write, before) for write in self.writes(current, before) if write is not current)
+            if not current.all_input_nodes:
+                boundary.add(current)
+                continue
+            inner.add(current)
+            for source in current.all_input_nodes:
+                # A view is read when its reader reads it; a computed value was read when it was computed.
+                shares = self._root[source] is self._root[current]
+                pending.append((source, before if shares else current))
+        return inner, boundary
+
+    def ordered(self, nodes: Iterable[Node]) -> list[Node]:
+        """``nodes`` in graph order."""
+        return sorted(nodes, key=self.position.__getitem__)
+
+
+def tensor_value(node: object) -> torch.Tensor | None:
+    """The fake tensor that a node stands for, or ``None``."""
+    if not isinstance(node, Node):
+        return None
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def is_op(node: object, *ops: object) -> bool:
+    """Whether ``node`` calls one of ``ops`` (packets or overloads)."""
+    if not isinstance(node, Node) or node.op != "call_function":
+        return False
+    target = node.target
+    return target in ops or (isinstance(target, OpOverload) and target.overloadpacket in ops)
+
+
+def argument(node: Node, name: str) -> object:
+    """The argument of an ATen call by its schema name, with the schema's default."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    assert isinstance(node.target, OpOverload), f"{node} is not an ATen call"
+    for index, entry in enumerate(node.target._schema.arguments):
+        if entry.name == name:
+            return node.args[index] if index < len(node.args) else entry.default_value
+    raise KeyError(name)

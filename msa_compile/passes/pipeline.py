@@ -1,0 +1,121 @@
+"""The order of the passes: canonicalize, detect, plan, rewrite, clean up, verify."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import GraphModule, Node
+
+from msa_compile._compat import HigherOrderOperator
+from msa_compile.config import MSAConfig
+from msa_compile.passes.canonicalize import TRANSPARENT_BODIES, canonicalize
+from msa_compile.passes.detect_attention import detect_attention
+from msa_compile.passes.eliminate_dead_code import eliminate_dead_code
+from msa_compile.passes.plan_sites import plan_sites
+from msa_compile.passes.rewrite_attention import rewrite_attention
+from msa_compile.passes.verify_graph import verify_graph
+from msa_compile.records import GraphRecord, Site
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """A rewritten graph and what was done to it."""
+
+    module: GraphModule
+    record: GraphRecord
+
+
+def run_passes(gm: GraphModule, config: MSAConfig, windows: dict[str, int], *, rewrite: bool = True) -> PassResult:
+    """Canonicalize a Dynamo graph, find its attention, and make it sparse.
+
+    Args:
+        gm: A graph from Dynamo; not changed.
+        config: What the user asks for.
+        windows: Sliding windows known of sites, shared between the graphs of one model.
+        rewrite: Whether to rewrite, or only to report.
+
+    Raises:
+        CaptureError: If the graph cannot be re-traced.
+        GraphError: If the result breaks an invariant; a bug of this package.
+    """
+    started = time.perf_counter()
+    canonical = canonicalize(gm)
+    traced = time.perf_counter()
+    sites: list[Site] = []
+    for body in _bodies(canonical):
+        sites += _run_on_body(body, config, windows, rewrite=rewrite)
+    verify_graph(canonical, gm)
+    record = GraphRecord(
+        sites=tuple(_numbered(sites)),
+        nodes=len(canonical.graph.nodes),
+        retrace_seconds=traced - started,
+        passes_seconds=time.perf_counter() - traced,
+    )
+    log.info(
+        "graph of %d nodes: %d sparse, %d dense sites (re-trace %.2f s, passes %.2f s)",
+        record.nodes,
+        sum(site.decision == "sparse" for site in sites),
+        sum(site.decision == "dense" for site in sites),
+        record.retrace_seconds,
+        record.passes_seconds,
+    )
+    return PassResult(canonical, record)
+
+
+def _run_on_body(body: GraphModule, config: MSAConfig, windows: dict[str, int], *, rewrite: bool) -> list[Site]:
+    plans = plan_sites(detect_attention(body.graph), config, windows)
+    for found, site in plans:
+        if rewrite and site.decision == "sparse":
+            assert found.proved is not None, "a sparse site is proved"
+            rewrite_attention(body.graph, found.proved, site.name, config)
+    sites = [site for _, site in plans]
+    _erase_markers(body, {site.name.split(":")[0] for site in sites})
+    eliminate_dead_code(body.graph)
+    body.graph.lint()
+    body.recompile()
+    return sites
+
+
+def _bodies(gm: GraphModule) -> list[GraphModule]:
+    """``gm`` and every transparent body inside it (activation checkpointing), outermost first."""
+    found = [gm]
+    for node in gm.graph.nodes:
+        if isinstance(node.target, HigherOrderOperator) and node.target in TRANSPARENT_BODIES:
+            for source in node.all_input_nodes:
+                body = getattr(gm, str(source.target), None) if source.op == "get_attr" else None
+                if isinstance(body, GraphModule) and body not in found:
+                    found += _bodies(body)
+    return found
+
+
+def _numbered(sites: list[Site]) -> list[Site]:
+    """Names made unique over all bodies of a graph: one module may own a site in several."""
+    seen: dict[str, int] = {}
+    unique = []
+    for site in sites:
+        base = site.name.split(":")[0]
+        count = seen.get(base, 0)
+        seen[base] = count + 1
+        unique.append(replace(site, name=base if count == 0 else f"{base}:{count}"))
+    return unique
+
+
+def _erase_markers(body: GraphModule, owners: Collection[str]) -> None:
+    """Erase the marker of each module whose attention is in this body and so is accounted for.
+
+    A marker whose module has no site here stays: the site was cut by a graph break, and the marker will say so when it runs.
+    """
+    marker = torch.ops.msa.site.default
+    for node in list(body.graph.nodes):
+        if node.target is marker and _marked(node) in owners:
+            body.graph.erase_node(node)
+
+
+def _marked(node: Node) -> object:
+    return node.args[1]

@@ -1,0 +1,48 @@
+"""Decide for each attention that was found: sparse, or dense with a reason. Sees no graph and no tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from msa_compile.config import MSAConfig
+from msa_compile.passes.detect_attention import Found
+from msa_compile.records import Reason, Site
+
+
+def plan_sites(found: Iterable[Found], config: MSAConfig, windows: dict[str, int]) -> list[tuple[Found, Site]]:
+    """One decision for each attention.
+
+    Args:
+        found: What detection returned.
+        config: What the user asks for.
+        windows: Sites that are known, from another graph of the same model, to have a sliding window. A single decode
+            step cannot tell a window from padding, so this knowledge is kept; proved windows are added to it.
+    """
+    return [(entry, _decide(entry, config, windows)) for entry in found]
+
+
+def _decide(entry: Found, config: MSAConfig, windows: dict[str, int]) -> Site:
+    reason, detail = entry.reason, entry.detail
+    mask = "unproved"
+    if entry.proved is not None:
+        proof = entry.proved.mask
+        mask = str(proof)
+        if proof.window is not None:
+            windows[entry.name] = proof.window
+        if entry.name in windows and proof.form in ("window", "given"):
+            reason, detail = Reason.SLIDING_WINDOW, f"each query sees the last {windows[entry.name]} keys"
+    if not config.matches(entry.name):
+        reason, detail = Reason.EXCLUDED, "left out by include/exclude"
+    return Site(
+        name=entry.name,
+        source=entry.source,
+        form=entry.form,
+        query_heads=entry.query_heads,
+        key_value_heads=entry.key_value_heads,
+        head_dim=entry.head_dim,
+        mask=mask,
+        decision="dense" if reason else "sparse",
+        reason=reason,
+        detail=detail,
+        indexer=None if reason else "keys",
+    )

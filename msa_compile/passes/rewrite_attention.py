@@ -1,0 +1,146 @@
+"""Put MSA in the place of each attention that was planned sparse: index branch, block selection, sparse attention."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+import msa_compile.kernels  # noqa: F401  (registers the msa ops)
+from msa_compile.config import MSAConfig
+from msa_compile.passes.attention import Heads, MaskTerm
+from msa_compile.passes.detect_attention import Proved
+from msa_compile.passes.graph_facts import tensor_value
+
+aten = torch.ops.aten
+
+
+def rewrite_attention(graph: Graph, proved: Proved, name: str, config: MSAConfig) -> None:
+    """Replace one proved attention in ``graph`` by the MSA ops; the old nodes stay, without users.
+
+    Args:
+        graph: The canonical graph, changed in place.
+        proved: What detection proved.
+        name: Site name, for errors at run time.
+        config: Block size, budget and the dense threshold, which become arguments of the ops and so part of every
+            compile-cache key.
+    """
+    attention = proved.attention
+    emit = _Emitter(graph, attention.output)
+    key, value = emit.heads(proved.key), emit.heads(proved.value)
+    position = _positions(emit, proved, name)
+    index_query = _group_mean(emit, attention.query, proved.key.count)
+    shared: dict[str, Any] = {"block_size": config.block_size, "dense_below": config.resolved_dense_below(), **position}
+    block_ids = emit(
+        torch.ops.msa.select_blocks.default,
+        index_query,
+        key,
+        topk=config.topk_blocks,
+        local_blocks=config.local_blocks,
+        sink_blocks=config.sink_blocks,
+        **shared,
+    )
+    sinks = None if attention.sinks is None else emit.sinks(attention.sinks)
+    out = emit(
+        torch.ops.msa.block_sparse_attention.default,
+        attention.query,
+        key,
+        value,
+        block_ids,
+        scale=attention.scale,
+        softcap=attention.softcap,
+        sinks=sinks,
+        **shared,
+    )
+    dtype = attention.output.meta["val"].dtype
+    if out.meta["val"].dtype != dtype:
+        out = emit(aten.to.dtype, out, dtype)
+    attention.output.replace_all_uses_with(out)
+
+
+def _group_mean(emit: _Emitter, query: Node, groups: int) -> Node:
+    """Index query of the ``"keys"`` indexer, ``[B, Hkv, Tq, D]``: its score is the group's mean attention logit."""
+    query = emit(aten.detach.default, query)  # selection has no gradient
+    heads = int(query.meta["val"].shape[1])
+    if heads == groups:
+        return query
+    return emit(aten.mean.dim, emit(aten.unflatten.int, query, 1, [groups, heads // groups]), [2])
+
+
+def _positions(emit: _Emitter, proved: Proved, name: str) -> dict[str, Node]:
+    """The arguments that say where queries and keys stand and what they see."""
+    form = proved.mask.form
+    if form == "causal":
+        return {}
+    if form == "top_left":
+        batch = emit(aten.sym_size.int, proved.attention.query, 0)
+        device = proved.attention.query.meta["val"].device
+        return {"query_start": emit(aten.zeros.default, [batch], dtype=torch.int64, device=device)}
+    mask = emit.visible(proved.attention.mask[0], name)
+    for term in proved.attention.mask[1:]:
+        mask = emit(aten.bitwise_and.Tensor, mask, emit.visible(term, name))
+    if form == "causal+padding":
+        # The last query sees every key that is not padded, so its row is the padding mask: linear, not Tq x Tk.
+        mask = emit(aten.slice.Tensor, mask, 2, -1)
+        _, key_start = emit.positions(mask, proved.attention.query)
+        return {"mask": mask, "key_start": key_start}
+    query_start, key_start = emit.positions(mask, proved.attention.query)
+    return {"mask": mask, "query_start": query_start, "key_start": key_start}
+
+
+class _Emitter:
+    """Inserts calls before one node, with the metadata that later passes and Inductor read."""
+
+    def __init__(self, graph: Graph, before: Node) -> None:
+        self.graph = graph
+        self.before = before
+        self.fake_mode = before.meta["val"].fake_mode
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args, kwargs)
+        for field in ("nn_module_stack", "stack_trace", "from_node", "source_fn_stack"):
+            if field in self.before.meta:
+                node.meta[field] = self.before.meta[field]
+        values = map_arg((args, kwargs), lambda entry: entry.meta["val"])
+        with self.fake_mode, torch.no_grad():
+            node.meta["val"] = target(*values[0], **values[1])
+        return node
+
+    def item(self, node: Node, index: int) -> Node:
+        """One output of a call that returns several."""
+        return self(operator.getitem, node, index)
+
+    def heads(self, heads: Heads) -> Node:
+        """Keys or values as ``[B, Hkv, Tk, D]``."""
+        if heads.permutation == (0, 1, 2, 3):
+            return heads.node
+        return self(aten.permute.default, heads.node, list(heads.permutation))
+
+    def visible(self, term: MaskTerm, name: str) -> Node:
+        """A mask term as bool ``[B or 1, 1, Tq, Tk]``, true where a key is seen."""
+        node = term.node
+        if term.kind == "additive":
+            node = self(torch.ops.msa.visible.default, node, name)
+        elif term.kind == "hidden":
+            node = self(aten.logical_not.default, node)
+        value = tensor_value(node)
+        assert value is not None
+        if value.dtype != torch.bool:
+            node = self(aten.to.dtype, node, torch.bool)
+        for _ in range(4 - value.dim()):
+            node = self(aten.unsqueeze.default, node, 0)
+        # The heads of a mask were proved equal.
+        return self(aten.slice.Tensor, node, 1, 0, 1) if value.dim() == 4 and value.shape[1] != 1 else node
+
+    def positions(self, mask: Node, query: Node) -> tuple[Node, Node]:
+        """``query_start`` and ``key_start`` that a mask implies."""
+        both = self(torch.ops.msa.mask_positions.default, mask, query)
+        return self.item(both, 0), self.item(both, 1)
+
+    def sinks(self, node: Node) -> Node:
+        """Sinks ``[1, Hq, 1, 1]`` as ``[Hq]``."""
+        return self(aten.reshape.default, node, [-1])

@@ -1,0 +1,31 @@
+"""What a legal rewritten graph is, as rules; run after every rewrite."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from msa_compile.errors import GraphError
+
+
+def verify_graph(after: GraphModule, before: GraphModule) -> None:
+    """Check ``after`` against the Dynamo graph it was made from.
+
+    Raises:
+        GraphError: If a rule is broken; the message names the rule and the node.
+    """
+    old_inputs = [node.name for node in before.graph.nodes if node.op == "placeholder"]
+    new_inputs = [node.name for node in after.graph.nodes if node.op == "placeholder"]
+    if old_inputs != new_inputs:
+        raise GraphError(f"the rewritten graph has other inputs: {new_inputs} instead of {old_inputs}")
+    old_outputs, new_outputs = _outputs(before), _outputs(after)
+    if old_outputs != new_outputs:
+        raise GraphError(f"the rewritten graph has {new_outputs} outputs instead of {old_outputs}")
+    for node in after.graph.nodes:
+        if node.op in ("call_method", "call_module"):
+            raise GraphError(f"{node.format_node()} is not ATen")
+
+
+def _outputs(gm: GraphModule) -> int:
+    output: Node = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+    value = output.args[0]
+    return len(value) if isinstance(value, (list, tuple)) else 1

@@ -1,0 +1,149 @@
+"""The report of ``explain``: every attention site, what was decided and why, and what it saves."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from msa_compile.config import MSAConfig
+from msa_compile.records import GraphRecord, Site
+
+LENGTHS = (8 * 1024, 32 * 1024, 128 * 1024, 1024 * 1024)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the package knows of a model's attention.
+
+    Attributes:
+        sites: One row for each site and each different decision on it, over all captured graphs.
+        config: The configuration that decided.
+        graphs: How many graphs were captured.
+        dense_calls: How often a site ran dense although the model is sparsified; 0 is what it should be.
+        sparsified: Whether the model is sparsified now.
+    """
+
+    sites: tuple[Site, ...]
+    config: MSAConfig
+    graphs: int
+    dense_calls: int
+    sparsified: bool
+
+    @property
+    def sparse(self) -> tuple[Site, ...]:
+        """The rows that are sparse."""
+        return tuple(site for site in self.sites if site.decision == "sparse")
+
+    @property
+    def dense(self) -> tuple[Site, ...]:
+        """The rows that stay dense, each with a reason."""
+        return tuple(site for site in self.sites if site.decision == "dense")
+
+    def flops(self, length: int) -> tuple[int, int]:
+        """Attention FLOPs of one causal prefill of ``length`` tokens: dense, and as decided.
+
+        Source: spec 9, ``F_GQA = 2 Hq D N^2`` and ``F_MSA = Hkv D N^2 + 4 Hq D N k B_k`` (paper 3.3): products only, no
+        projections. Up to ``dense_below`` keys, and where that costs less, a site runs dense.
+        """
+        before = after = 0
+        for site in {row.name: row for row in reversed(self.sites)}.values():
+            dense, sparse = site_flops(site, self.config, length)
+            before += dense
+            after += sparse
+        return before, after
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain Python values, ready for JSON."""
+        return {
+            "sites": [site.to_dict() for site in self.sites],
+            "config": dict(self.config.__dict__),
+            "graphs": self.graphs,
+            "dense_calls": self.dense_calls,
+            "sparsified": self.sparsified,
+            "flops": {length: list(self.flops(length)) for length in LENGTHS},
+        }
+
+    def __str__(self) -> str:
+        text = _rich_table(self) if importlib.util.find_spec("rich") else _plain_table(self)
+        return "\n".join([self._headline(), text.rstrip(), *self._reasons(), *self._savings()])
+
+    def _headline(self) -> str:
+        state = "sparsified" if self.sparsified else "not sparsified, nothing was changed"
+        budget = f"{self.config.topk_blocks} blocks of {self.config.block_size} keys"
+        return (
+            f"MSA: {len(self.sparse)} sparse and {len(self.dense)} dense rows in {self.graphs} graph(s); {budget}; "
+            f"{state}; dense calls: {self.dense_calls}"
+        )
+
+    def _reasons(self) -> list[str]:
+        reasons = dict.fromkeys(site.reason for site in self.dense if site.reason)
+        return [f"  {reason.value}: {reason.sentence}" for reason in reasons]
+
+    def _savings(self) -> list[str]:
+        lines = ["attention FLOPs of one prefill (products only), dense -> as decided:"]
+        for length in LENGTHS:
+            before, after = self.flops(length)
+            ratio = before / after if after else 1.0
+            name = f"{length // 1024}K" if length < 2**20 else f"{length // 2**20}M"
+            lines.append(f"  {name:>5} tokens  {before:9.2e} -> {after:9.2e}  {ratio:5.1f}x")
+        if self.sparse:
+            lines.append("  not evaluated on your data yet: MSA is an approximation of dense attention beyond the budget")
+        return lines
+
+
+def site_flops(site: Site, config: MSAConfig, length: int) -> tuple[int, int]:
+    """Dense and decided FLOPs of one site at one length (spec 9)."""
+    width = site.query_heads * site.head_dim
+    window = int(site.mask[len("window(") : -1]) if site.mask.startswith("window(") else length
+    dense = 2 * width * length**2 if window >= length else 4 * width * length * window
+    if site.decision == "dense" or length <= config.resolved_dense_below():
+        return dense, dense
+    budget = config.topk_blocks * config.block_size
+    return dense, site.key_value_heads * site.head_dim * length**2 + 4 * width * length * min(budget, length)
+
+
+def build_report(
+    records: Iterable[GraphRecord], config: MSAConfig, dense_calls: Mapping[str, int], *, sparsified: bool
+) -> Report:
+    """Put the records of all graphs together; equal rows of different graphs become one."""
+    rows: dict[Site, tuple[int, ...]] = {}
+    graphs = 0
+    for index, record in enumerate(records):
+        graphs += 1
+        for site in record.sites:
+            key = replace(site, graph=())
+            rows[key] = (*rows.get(key, ()), index)
+    sites = tuple(replace(site, graph=where) for site, where in rows.items())
+    return Report(sites, config, graphs, sum(dense_calls.values()), sparsified)
+
+
+_COLUMNS = ("site", "source", "form", "Hq/Hkv/D", "mask", "decision", "why")
+
+
+def _cells(site: Site) -> tuple[str, ...]:
+    why = site.detail if site.reason is None else f"{site.reason.value}: {site.detail}"
+    heads = f"{site.query_heads}/{site.key_value_heads or '?'}/{site.head_dim}"
+    return (site.name or "<root>", site.source, site.form, heads, site.mask, site.decision, why)
+
+
+def _rich_table(report: Report) -> str:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in _COLUMNS:
+        table.add_column(column, overflow="fold", no_wrap=column in ("site", "decision", "Hq/Hkv/D"))
+    for site in report.sites:
+        table.add_row(*_cells(site))
+    stream = io.StringIO()
+    Console(file=stream, width=150).print(table)
+    return stream.getvalue()
+
+
+def _plain_table(report: Report) -> str:
+    rows = [_COLUMNS, *(_cells(site) for site in report.sites)]
+    widths = [max(len(row[index]) for row in rows) for index in range(len(_COLUMNS))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
