@@ -1,7 +1,7 @@
 """Every private import of torch that the package uses, in one place.
 
-Each name here has a canary test in ``tests/test_compat.py``: a torch release that moves one turns that test red before a
-user meets it.
+Each name here has a canary test in ``tests/test_compat.py``: a torch release that moves one turns that test red before
+a user meets it.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ _RECOMPILE_LIMIT = 256
 def compile_isolated(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compile`` with a cache of its own, so that two models of one class never share Dynamo's recompile limit.
 
-    torch 2.13 has ``isolate_recompiles`` and ``recompile_limit``; older versions get the isolation of the caller's fresh
-    code object alone.
+    torch 2.13 has ``isolate_recompiles`` and ``recompile_limit``; older versions get the isolation of the caller's
+    fresh code object alone.
     """
     supported = inspect.signature(torch.compile).parameters
     wanted: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": _RECOMPILE_LIMIT}

@@ -54,7 +54,9 @@ def discover(
     except TypeError:
         raise
     except Exception as error:
-        raise CaptureError(f"the model could not be captured on fake tensors: {type(error).__name__}: {error}") from error
+        raise CaptureError(
+            f"the model could not be captured on fake tensors: {type(error).__name__}: {error}"
+        ) from error
     return records
 
 

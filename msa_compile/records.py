@@ -39,7 +39,7 @@ _SENTENCES = {
     Reason.CROSS_ATTENTION: "the keys are not made from the tokens that make the queries",
     Reason.LATENT_ATTENTION: "keys come through a latent projection (MLA), not from the queries' hidden state",
     Reason.SLIDING_WINDOW: "a sliding window already bounds the keys a query reads",
-    Reason.ATTENTION_BIAS: "a bias is added to the scores (ALiBi, relative or learned), which block selection cannot keep",
+    Reason.ATTENTION_BIAS: "a bias (ALiBi, relative, learned) is added to the scores, which the op has no argument for",
     Reason.DATA_DEPENDENT_MASK: "the mask is computed from activations",
     Reason.MASK_PER_HEAD: "the mask differs between the heads of one key/value group",
     Reason.HEAD_LAYOUT: "the query heads of each key/value head could not be proved",

@@ -90,7 +90,9 @@ class Report:
             name = f"{length // 1024}K" if length < 2**20 else f"{length // 2**20}M"
             lines.append(f"  {name:>5} tokens  {before:9.2e} -> {after:9.2e}  {ratio:5.1f}x")
         if self.sparse:
-            lines.append("  not evaluated on your data yet: MSA is an approximation of dense attention beyond the budget")
+            lines.append(
+                "  not evaluated on your data yet: MSA is an approximation of dense attention beyond the budget"
+            )
         return lines
 
 

@@ -25,8 +25,8 @@ class MaskTerm:
 
     Attributes:
         node: Broadcasts to ``[B, Hq, Tq, Tk]``.
-        kind: ``"visible"`` (bool, true where a key is seen), ``"hidden"`` (bool, true where it is not), or ``"additive"``
-            (float, added to the scores).
+        kind: ``"visible"`` (bool, true where a key is seen), ``"hidden"`` (bool, true where it is not), or
+            ``"additive"`` (float, added to the scores).
     """
 
     node: Node

@@ -1,8 +1,8 @@
 """Re-trace a Dynamo graph to pre-dispatch ATen, the one IR that detection and rewriting know.
 
 The trace keeps node metadata, runs above autograd (so training works), and leaves every higher-order operator as an
-opaque call: executing one here would inline it and lose custom gradients or checkpointing. Bodies that may hold attention
-are re-traced apart.
+opaque call: executing one here would inline it and lose custom gradients or checkpointing. Bodies that may hold
+attention are re-traced apart.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def _refake(value: Any, fake_mode: _compat.FakeTensorMode, name: str) -> Any:
         return value
     if _compat.is_traceable_wrapper_subclass(value):
         raise CaptureError(
-            f"input {name} is a {type(value).__name__}; tensor subclasses (DTensor, quantised tensors) are not supported "
-            "in this version. Sparsify the model before it is distributed or quantised, or leave it dense."
+            f"input {name} is a {type(value).__name__}; tensor subclasses (DTensor, quantised tensors) are not "
+            "supported in this version. Sparsify the model before it is distributed or quantised, or leave it dense."
         )
     with fake_mode, _compat.disable_proxy_modes_tracing():
         fake = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
@@ -121,7 +121,7 @@ class _Retracer(Interpreter):
             # dynamic=True hands Python floats in as 0-d tensors; Dynamo knows the value of their .item().
             known = self._node.meta.get("example_value")
             if known is not None:
-                args[0].item_memo = known
+                args[0].item_memo = known  # type: ignore[attr-defined]
         return super().call_method(target, args, kwargs)
 
     def _emit_opaque(self, node: Node, args: Any, kwargs: Any) -> Any:

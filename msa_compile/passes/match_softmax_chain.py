@@ -7,26 +7,17 @@ classifier) is none of ours; one that does, but in a way this file cannot read, 
 from __future__ import annotations
 
 import math
-import operator
 
 import torch
 from torch.fx import Node
 
-from msa_compile.passes.attention import Attention, MaskTerm, Refused
+from msa_compile.passes.attention import Attention, Refused
 from msa_compile.passes.graph_facts import GraphFacts, argument, is_op, tensor_value
-from msa_compile.passes.replay import ReplayError, is_runnable, replay
+from msa_compile.passes.read_scores import ELEMENTWISE, PASS_THROUGH, PRODUCTS, ScoreReader, is_noop, previous_product
 from msa_compile.records import Reason
 
 aten = torch.ops.aten
 _SOFTMAX = (aten.softmax, aten._softmax, aten.special_softmax)
-_PRODUCT = (aten.matmul, aten.bmm, aten.baddbmm, aten.einsum)
-_PASS_THROUGH = (aten.to, aten._to_copy, aten.contiguous, aten.clone, aten.alias, aten.detach, aten.lift_fresh_copy)
-_RESHAPE = (aten.view, aten.reshape, aten._unsafe_view)
-_ELEMENTWISE = (
-    *_PASS_THROUGH, *_RESHAPE, aten.add, aten.sub, aten.mul, aten.div, aten.tanh, aten.masked_fill, aten.where, aten.cat,
-    aten.slice, aten.dropout, aten.add_, aten.mul_, aten.div_, aten.masked_fill_, aten.clamp,
-)  # fmt: skip
-HIDDEN = -1e4  # a score at or below this is masked: eager masks use finfo.min, -inf, -1e9 or -1e4
 
 
 def is_softmax(node: Node) -> bool:
@@ -47,12 +38,12 @@ def match_softmax_chain(facts: GraphFacts, softmax: Node) -> Attention | None:
         Refused: If it is attention that this file cannot read to the end.
     """
     product = _next_product(softmax)
-    if product is None or _previous_product(softmax.args[0]) is None:
+    if product is None or previous_product(softmax.args[0]) is None:
         return None
     sinks_dropped = _check_probabilities(softmax, product)
     if not is_op(product, aten.matmul) or tensor_value(product).dim() != 4:  # type: ignore[union-attr]
         raise Refused(Reason.UNKNOWN_FORM, f"probabilities meet the values in {product.target}")
-    reader = _ScoreReader(facts)
+    reader = ScoreReader(facts)
     scores = reader.read(softmax.args[0])
     if (reader.sinks is not None) != sinks_dropped:
         raise Refused(Reason.UNKNOWN_FORM, "an extra score column is added but not dropped, or the other way round")
@@ -87,25 +78,10 @@ def _next_product(node: Node) -> Node | None:
     pending = list(node.users)
     while pending:
         user = pending.pop()
-        if is_op(user, *_PRODUCT):
+        if is_op(user, *PRODUCTS):
             return user
-        if is_op(user, *_ELEMENTWISE):
+        if is_op(user, *ELEMENTWISE):
             pending.extend(user.users)
-    return None
-
-
-def _previous_product(node: object) -> Node | None:
-    """A product of two activations from which ``node`` comes elementwise."""
-    pending, seen = [node], set()
-    while pending:
-        current = pending.pop()
-        if not isinstance(current, Node) or current in seen:
-            continue
-        seen.add(current)
-        if is_op(current, *_PRODUCT):
-            return current
-        if is_op(current, *_ELEMENTWISE):
-            pending.extend(current.all_input_nodes)
     return None
 
 
@@ -126,157 +102,12 @@ def _check_probabilities(softmax: Node, product: Node) -> bool:
                 raise Refused(Reason.DROPOUT, f"dropout p={user.args[1]}")
         elif is_op(user, aten.slice) and _is_drop_last(user):
             sinks_dropped = True
-        elif not (is_op(user, *_PASS_THROUGH) or _is_noop(user)):
+        elif not (is_op(user, *PASS_THROUGH) or is_noop(user)):
             raise Refused(Reason.UNKNOWN_FORM, f"{user.target} between the softmax and the values")
         node = user
-
-
-def _is_noop(node: Node) -> bool:
-    """Whether a slice or reshape leaves the shape as it is (and so, for these ops, the contents)."""
-    if not is_op(node, aten.slice, *_RESHAPE):
-        return False
-    before, after = tensor_value(node.args[0]), tensor_value(node)
-    return before is not None and after is not None and tuple(before.shape) == tuple(after.shape)
 
 
 def _is_drop_last(node: Node) -> bool:
     before, dim = tensor_value(node.args[0]), argument(node, "dim")
     last = before is not None and dim in (-1, before.dim() - 1)
     return last and argument(node, "start") in (0, None) and argument(node, "end") == -1 and argument(node, "step") == 1
-
-
-class _ScoreReader:
-    """Walks from the softmax back to ``q @ k.T``, collecting what lies between."""
-
-    def __init__(self, facts: GraphFacts) -> None:
-        self.facts = facts
-        self.factor = 1.0
-        self.softcap: float | None = None
-        self.sinks: Node | None = None
-        self.mask: list[MaskTerm] = []
-
-    @property
-    def scale(self) -> float:
-        """Factor on ``q . k``: with a cap, ``cap * tanh(inner * q . k)`` has the scale ``inner * cap``."""
-        return self.factor if self.softcap is None else self.factor * self.softcap
-
-    def read(self, node: object) -> Node:
-        """The product ``q @ k.T``; fills scale, softcap, sinks and mask on the way."""
-        while True:
-            assert isinstance(node, Node)
-            if is_op(node, aten.matmul):
-                return node
-            step = self._step(node)
-            if step is None:
-                raise Refused(Reason.UNKNOWN_FORM, f"{node.target} between q @ k.T and the softmax")
-            node = step
-
-    def _step(self, node: Node) -> Node | None:
-        first = node.args[0] if node.args else None
-        if is_op(node, *_PASS_THROUGH) or _is_noop(node):
-            return first if isinstance(first, Node) else None
-        if is_op(node, aten.mul, aten.div, aten.mul_, aten.div_):
-            return self._factor(node, divide=is_op(node, aten.div, aten.div_))
-        if is_op(node, aten.add, aten.add_):
-            return self._added(node)
-        if is_op(node, aten.sub) and isinstance(first, Node) and _is_row_max(node.args[1], first):
-            return first  # softmax does not see a shift of the row
-        if is_op(node, aten.tanh) and isinstance(first, Node) and self.softcap is None:
-            self.softcap, self.factor = self.factor, 1.0
-            return first
-        if is_op(node, aten.masked_fill, aten.masked_fill_):
-            return self._hide(first, node.args[1], node.args[2], "hidden")
-        if is_op(node, aten.where) and len(node.args) == 3:
-            return self._hide(node.args[1], node.args[0], node.args[2], "visible")
-        if is_op(node, aten.cat) and self.sinks is None:
-            return self._sinks(node)
-        return None
-
-    def _factor(self, node: Node, *, divide: bool) -> Node | None:
-        left, right = node.args[0], node.args[1]
-        number = self._number(right)
-        if number is None and not divide:
-            left, number = right, self._number(left)
-        if number is None:
-            raise Refused(Reason.SCALE, f"the scores are scaled by {right}, which is not a constant")
-        self.factor *= 1.0 / number if divide else number
-        return left if isinstance(left, Node) else None
-
-    def _added(self, node: Node) -> Node | None:
-        left, right = node.args[0], node.args[1]
-        if _previous_product(left) is None:
-            left, right = right, left
-        if not isinstance(left, Node) or not isinstance(right, Node) or node.kwargs.get("alpha", 1) != 1:
-            return None
-        if self.softcap is not None:
-            raise Refused(Reason.UNKNOWN_FORM, "a mask is added under the softcap")
-        self.mask.append(MaskTerm(right, "additive"))
-        return left
-
-    def _hide(self, scores: object, mask: object, fill: object, kind: str) -> Node | None:
-        number = self._number(fill)
-        if not isinstance(scores, Node) or not isinstance(mask, Node) or number is None or self.softcap is not None:
-            return None
-        if number > HIDDEN:
-            raise Refused(Reason.UNKNOWN_FORM, f"scores are replaced by {number}, which does not hide them")
-        self.mask.append(MaskTerm(mask, kind))  # type: ignore[arg-type]
-        return scores
-
-    def _sinks(self, node: Node) -> Node | None:
-        parts = node.args[0]
-        value = tensor_value(node)
-        dim = argument(node, "dim")
-        if not isinstance(parts, (list, tuple)) or len(parts) != 2 or value is None or dim not in (-1, value.dim() - 1):
-            return None
-        scores, sinks = parts
-        extra = tensor_value(sinks)
-        if not isinstance(scores, Node) or not isinstance(sinks, Node) or extra is None or extra.shape[-1] != 1:
-            return None
-        if self.factor != 1.0 or self.softcap is not None:
-            raise Refused(Reason.UNKNOWN_FORM, "the sinks are scaled with the scores")
-        while is_op(sinks, *_PASS_THROUGH, aten.expand) and isinstance(sinks.args[0], Node):
-            sinks = sinks.args[0]
-        shape = tuple(sinks.meta["val"].shape)
-        if len(shape) != 4 or (shape[0], shape[2], shape[3]) != (1, 1, 1):
-            raise Refused(Reason.UNKNOWN_FORM, f"sinks of shape {shape} are not one logit a head")
-        self.sinks = sinks
-        return scores
-
-    def _number(self, value: object) -> float | None:
-        """A Python number, or a one-element tensor that the graph makes from constants."""
-        if isinstance(value, (int, float)):
-            return float(value)
-        if not isinstance(value, Node):
-            return None
-        symbolic = value.meta.get("val")
-        if isinstance(symbolic, (torch.SymFloat, torch.SymInt)):
-            return _guarded(symbolic)
-        if not isinstance(symbolic, torch.Tensor) or symbolic.numel() != 1:
-            return None
-        inner, boundary = self.facts.makers(value, value)
-        if not all(is_runnable(node) for node in boundary):
-            return None
-        try:
-            return float(replay(self.facts, inner | boundary, {}, {}, value))
-        except ReplayError:
-            return None
-
-
-def _guarded(symbolic: torch.SymFloat | torch.SymInt) -> float | None:
-    """The value of a Python number that Dynamo left open; reading it makes the graph guard on it."""
-    try:
-        return float(symbolic)
-    except Exception:  # a value that only the data knows: no constant
-        return None
-
-
-def _is_row_max(node: object, scores: Node) -> bool:
-    """Whether ``node`` is the row maximum of ``scores``, kept as a column."""
-    if is_op(node, operator.getitem) and isinstance(node, Node) and node.args[1] == 0:
-        node = node.args[0]
-    if not isinstance(node, Node) or not is_op(node, aten.max, aten.amax) or node.args[0] is not scores:
-        return False
-    dim = argument(node, "dim")
-    value = tensor_value(scores)
-    assert value is not None
-    return dim in (-1, value.dim() - 1, [-1], [value.dim() - 1]) and argument(node, "keepdim") is True

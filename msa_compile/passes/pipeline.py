@@ -109,7 +109,8 @@ def _numbered(sites: list[Site]) -> list[Site]:
 def _erase_markers(body: GraphModule, owners: Collection[str]) -> None:
     """Erase the marker of each module whose attention is in this body and so is accounted for.
 
-    A marker whose module has no site here stays: the site was cut by a graph break, and the marker will say so when it runs.
+    A marker whose module has no site here stays: the site was cut by a graph break, and the marker will say so when it
+    runs.
     """
     marker = torch.ops.msa.site.default
     for node in list(body.graph.nodes):

@@ -15,8 +15,9 @@ def plan_sites(found: Iterable[Found], config: MSAConfig, windows: dict[str, int
     Args:
         found: What detection returned.
         config: What the user asks for.
-        windows: Sites that are known, from another graph of the same model, to have a sliding window. A single decode
-            step cannot tell a window from padding, so this knowledge is kept; proved windows are added to it.
+        windows: Sites that are known, from another graph of the same model, to have a sliding window. A decode step
+            over a rolling cache looks causal, and a prompt shorter than the window too; proved windows are added here,
+            and such a site is dense in every graph, so that prefill and decode agree.
     """
     return [(entry, _decide(entry, config, windows)) for entry in found]
 
@@ -29,7 +30,7 @@ def _decide(entry: Found, config: MSAConfig, windows: dict[str, int]) -> Site:
         mask = str(proof)
         if proof.window is not None:
             windows[entry.name] = proof.window
-        if entry.name in windows and proof.form in ("window", "given"):
+        if entry.name in windows:
             reason, detail = Reason.SLIDING_WINDOW, f"each query sees the last {windows[entry.name]} keys"
     if not config.matches(entry.name):
         reason, detail = Reason.EXCLUDED, "left out by include/exclude"

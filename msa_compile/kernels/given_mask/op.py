@@ -1,8 +1,8 @@
 """Ops on a mask that is applied as it is: its visibility, and where queries and keys stand.
 
-``msa::visible`` turns an additive mask into a boolean one and refuses a bias. ``msa::mask_positions`` reads from a boolean
-mask the slot of each row's first query and first visible key, so that blocks are anchored at content (DESIGN law 3) when
-only the mask knows where content starts.
+``msa::visible`` turns an additive mask into a boolean one and refuses a bias. ``msa::mask_positions`` reads from a
+boolean mask the slot of each row's first query and first visible key, so that blocks are anchored at content when only
+the mask knows where content starts.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ def visible(mask: Tensor, site: str) -> Tensor:
     if bool(other.any()):
         value = mask[other][0].item()
         raise KernelArgumentError(
-            f"{site}: the additive attention mask holds {value}, which is neither 0 (seen) nor {HIDDEN:g} or less (hidden): "
-            f"it is a bias, and sparse attention would drop it. Keep the site dense: MSAConfig(exclude=({site!r},))."
+            f"{site}: the additive attention mask holds {value}, which is neither 0 (seen) nor {HIDDEN:g} or less "
+            "(hidden): it is a bias, and sparse attention would drop it. "
+            f"Keep the site dense: MSAConfig(exclude=({site!r},))."
         )
     return seen.contiguous()
 
@@ -49,9 +50,9 @@ def _(mask: Tensor, site: str) -> Tensor:
 def mask_positions(mask: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
     """Positions that a mask implies.
 
-    With ``last_i`` the last key that query ``i`` sees, the first query stands at ``max_i(last_i - i)``: exactly its slot under
-    a causal mask with left or right padding, and never so early that causality would hide what the mask shows, whatever
-    the mask. The content starts at the first key that any query sees.
+    With ``last_i`` the last key that query ``i`` sees, the first query stands at ``max_i(last_i - i)``: exactly its slot
+    under a causal mask with left or right padding, and never so early that causality would hide what the mask shows,
+    whatever the mask. The content starts at the first key that any query sees.
 
     Args:
         mask: bool ``[B or 1, heads, Tq or 1, Tk]``, true where a key is seen.
