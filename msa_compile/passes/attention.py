@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch.fx import Node
 
 from msa_compile.records import Reason
@@ -38,17 +39,19 @@ class Attention:
     """An attention computation as the graph spells it; nothing about it is proved yet.
 
     Attributes:
-        output: The node to replace, ``[B, Hq, Tq, D]``.
-        query: ``[B, Hq, Tq, D]``.
-        key: ``[B, Hq or Hkv, Tk, D]``, or its transpose ``[..., D, Tk]`` when ``key_transposed``.
-        value: ``[B, Hq or Hkv, Tk, D]``.
+        output: The node to replace.
+        query: Left operand of ``q @ k.T``; ``[B, Hq, Tq, D]`` where the products are plain 4-D ones.
+        key: Right operand; ``[B, Hq or Hkv, Tk, D]``, or ``[..., D, Tk]`` when ``key_transposed``.
+        value: Right operand of the second product; ``[B, Hq or Hkv, Tk, D]``.
         scale: Factor on ``q . k``.
         softcap: Cap of the ``tanh`` on the scaled scores, or ``None``.
         sinks: One extra logit a head, ``[1, Hq, 1, 1]``, or ``None``.
         mask: What hides scores, all terms together.
         is_causal: The top-left causal flag of ``scaled_dot_product_attention``.
         grouped: Whether the call itself repeats the key/value heads (``enable_gqa``).
-        form: ``"sdpa"`` or ``"eager"``.
+        form: ``"sdpa"``, ``"eager"`` or, for products of another rank or an einsum, ``"products"``.
+        key_transposed: Whether ``key`` is ``[..., D, Tk]``.
+        scores: Input of the softmax, for ``"products"``.
     """
 
     output: Node
@@ -63,23 +66,69 @@ class Attention:
     grouped: bool
     form: str
     key_transposed: bool = False
+    scores: Node | None = None
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Where the un-repeated keys or values are.
+    """A tensor of the graph that holds queries, or un-repeated keys or values, and the way to ``[B, H, T, D]``.
 
     Attributes:
-        node: The tensor that holds them.
-        permutation: Brings ``node`` to ``[B, Hkv, Tk, D]``.
-        count: ``Hkv``.
+        node: The tensor. With 4 dimensions ``permutation`` brings it to ``[B, H, T, D]``; with 3 to ``[B, T, D]``, one
+            head; with 5 to ``[B, Hkv, G, T, D]``, whose heads are then flattened.
+        permutation: Of the dimensions of ``node``.
+        count: ``H``.
         spelling: How the graph repeats them, for the report.
     """
 
     node: Node
     permutation: tuple[int, ...]
     count: int
-    spelling: str
+    spelling: str = ""
+
+    @property
+    def batch(self) -> object:
+        """``B``, possibly symbolic."""
+        return self.node.meta["val"].shape[self.permutation[0]]
+
+    @property
+    def length(self) -> object:
+        """``T``, possibly symbolic."""
+        return self.node.meta["val"].shape[self.permutation[-2]]
+
+    @property
+    def dim(self) -> int:
+        """``D``."""
+        return int(self.node.meta["val"].shape[self.permutation[-1]])
+
+    def arrange(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A concrete value of ``node`` as ``[B, H, T, D]``."""
+        tensor = tensor.permute(self.permutation)
+        if tensor.dim() == 3:
+            return tensor.unsqueeze(1)
+        return tensor.flatten(1, 2) if tensor.dim() == 5 else tensor
+
+
+@dataclass(frozen=True)
+class OutputLayout:
+    """How ``[B, Hq, Tq, D]`` becomes the shape of the replaced node.
+
+    Attributes:
+        permutation: Applied first.
+        flatten: First of two dimensions that are then merged, or ``None``.
+        unflatten: Dimension that is then split, and its parts, or ``None``.
+    """
+
+    permutation: tuple[int, ...] = (0, 1, 2, 3)
+    flatten: int | None = None
+    unflatten: tuple[int, tuple[int, int]] | None = None
+
+    def arrange(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A concrete ``[B, Hq, Tq, D]`` in the layout of the graph."""
+        tensor = tensor.permute(self.permutation)
+        if self.flatten is not None:
+            return tensor.flatten(self.flatten, self.flatten + 1)
+        return tensor.unflatten(*self.unflatten) if self.unflatten is not None else tensor
 
 
 @dataclass(frozen=True)

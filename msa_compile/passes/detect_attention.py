@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from msa_compile.passes.attention import Attention, Heads, MaskProof, Refused
+from msa_compile.passes.attention import Attention, Heads, MaskProof, OutputLayout, Refused
 from msa_compile.passes.check_projections import check_projections
 from msa_compile.passes.graph_facts import GraphFacts
 from msa_compile.passes.match_sdpa import is_sdpa, match_sdpa
 from msa_compile.passes.match_softmax_chain import is_softmax, match_softmax_chain
 from msa_compile.passes.prove_heads import prove_heads
 from msa_compile.passes.prove_mask import prove_mask
+from msa_compile.passes.prove_products import prove_products
 from msa_compile.records import Reason
 
 log = logging.getLogger(__name__)
@@ -25,8 +26,10 @@ class Proved:
     """Everything about one attention that the rewrite needs, proved."""
 
     attention: Attention
+    query: Heads
     key: Heads
     value: Heads
+    output: OutputLayout
     mask: MaskProof
 
 
@@ -73,6 +76,7 @@ def _detect(facts: GraphFacts, node: Node, seen: dict[str, int]) -> Found | None
     attention: Attention | None = None
     form = "sdpa" if is_sdpa(node) else "eager"
     heads = (0, 0, 0)
+    proved: Proved | None = None
     try:
         if is_sdpa(node):
             attention = match_sdpa(node)
@@ -80,31 +84,32 @@ def _detect(facts: GraphFacts, node: Node, seen: dict[str, int]) -> Found | None
             attention = match_softmax_chain(facts, node)
         if attention is None:
             return None
-        query = attention.query.meta["val"]
-        heads = (int(query.shape[1]), 0, int(query.shape[-1]))
-        key = prove_heads(facts, attention, attention.key, transposed=attention.key_transposed)
-        heads = (heads[0], key.count, heads[2])
-        form = f"{form}/{key.spelling}"
-        proved = _prove(facts, attention, key)
+        query, key, value, output = _operands(facts, attention)
+        heads = (query.count, key.count, query.dim)
+        form = f"{attention.form}/{key.spelling}"
+        check_projections(facts, attention, key.node)
+        _check_dims(query, key, value)
+        mask = prove_mask(facts, attention, query, key)
+        proved = Proved(attention, query, key, value, output, mask)
     except Refused as refusal:
         return _found(node, seen, form, heads, None, refusal.reason, refusal.detail)
     return _found(node, seen, form, heads, proved, None, proved.mask.detail)
 
 
-def _prove(facts: GraphFacts, attention: Attention, key: Heads) -> Proved:
-    check_projections(facts, attention, key.node)
-    value = prove_heads(facts, attention, attention.value)
+def _operands(facts: GraphFacts, attention: Attention) -> tuple[Heads, Heads, Heads, OutputLayout]:
+    """Queries, un-repeated keys and values, and the layout of the result, each proved."""
+    if attention.form == "products":
+        return prove_products(facts, attention)
+    query = Heads(attention.query, (0, 1, 2, 3), int(attention.query.meta["val"].shape[1]))
+    key = prove_heads(facts, attention, attention.key, transposed=attention.key_transposed)
+    return query, key, prove_heads(facts, attention, attention.value), OutputLayout()
+
+
+def _check_dims(query: Heads, key: Heads, value: Heads) -> None:
     if value.count != key.count:
         raise Refused(Reason.HEAD_LAYOUT, f"{key.count} key heads against {value.count} value heads")
-    dims = {
-        "query": attention.query.meta["val"].shape[-1],
-        "key": key.node.meta["val"].shape[key.permutation[-1]],
-        "value": value.node.meta["val"].shape[value.permutation[-1]],
-    }
-    if len(set(dims.values())) > 1:
-        raise Refused(Reason.HEAD_DIM, ", ".join(f"{name} {dim}" for name, dim in dims.items()))
-    length = key.node.meta["val"].shape[key.permutation[2]]
-    return Proved(attention, key, value, prove_mask(facts, attention, length))
+    if not query.dim == key.dim == value.dim:
+        raise Refused(Reason.HEAD_DIM, f"query {query.dim}, key {key.dim}, value {value.dim}")
 
 
 def _found(

@@ -67,30 +67,31 @@ def _is_read_as_truth(node: Node, inner: set[Node]) -> bool:
 
 def _is_truth_of(user: Node, node: Node) -> bool:
     if is_op(user, aten.ne, aten.eq):
-        return user.args[0] is node and user.args[1] == 0
+        return bool(user.args[0] is node and user.args[1] == 0)
     value = tensor_value(user)
     to_bool = value is not None and value.dtype == torch.bool
-    return to_bool and is_op(user, aten.to, aten._to_copy, aten.logical_not)
+    return bool(to_bool and is_op(user, aten.to, aten._to_copy, aten.logical_not))
 
 
-def check_term(term: MaskTerm, lifted: LiftedMask, query_length: object) -> None:
+def check_term(term: MaskTerm, lifted: LiftedMask) -> None:
     """Refuse a term that is not causal visibility, the same for all heads.
 
     Raises:
         Refused: With what was found.
     """
     value = tensor_value(term.node)
-    if value is None or value.dim() > 4:
+    grouped = value is not None and value.dim() == 5 and (value.shape[1], value.shape[2]) == (1, 1)
+    if value is None or (value.dim() > 4 and not grouped):
         raise Refused(Reason.UNKNOWN_FORM, f"mask {term.node} has no [B, H, Tq, Tk] shape")
-    if value.dim() >= 3 and value.dim() == 4 and expression(value.shape[1]) != 1 and not _is_head_broadcast(term.node):
-        raise Refused(Reason.MASK_PER_HEAD, f"mask {term.node} is {tuple(value.shape)}")
-    if value.dim() >= 2 and expression(value.shape[-2]) == 1 and expression(query_length) != 1:
-        raise Refused(Reason.NOT_CAUSAL, f"one mask row for all queries, {tuple(value.shape)}")
+    if value.dim() == 3 and expression(value.shape[0]) != 1:
+        raise Refused(Reason.MASK_PER_HEAD, f"mask {term.node} is {tuple(value.shape)}, batch and heads in one")
     for node in lifted.inner:
         if is_op(node, *_FROM_ACTIVATIONS):
             raise Refused(Reason.DATA_DEPENDENT_MASK, f"{node.target} in what makes {term.node}")
         if is_op(node, *_LOOKED_UP):
             raise Refused(Reason.ATTENTION_BIAS, f"a learned table is looked up to make {term.node}")
+    if value.dim() == 4 and expression(value.shape[1]) != 1 and not _is_head_broadcast(term.node):
+        raise Refused(Reason.MASK_PER_HEAD, f"mask {term.node} is {tuple(value.shape)}")
     if term.kind == "additive":
         for leaf in lifted.others:
             leaf_value = cast(torch.Tensor, tensor_value(leaf))

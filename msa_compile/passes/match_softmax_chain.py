@@ -13,7 +13,15 @@ from torch.fx import Node
 
 from msa_compile.passes.attention import Attention, Refused
 from msa_compile.passes.graph_facts import GraphFacts, argument, is_op, tensor_value
-from msa_compile.passes.read_scores import ELEMENTWISE, PASS_THROUGH, PRODUCTS, ScoreReader, is_noop, previous_product
+from msa_compile.passes.read_scores import (
+    ELEMENTWISE,
+    MOVES,
+    PASS_THROUGH,
+    PRODUCTS,
+    ScoreReader,
+    is_noop,
+    previous_product,
+)
 from msa_compile.records import Reason
 
 aten = torch.ops.aten
@@ -40,21 +48,17 @@ def match_softmax_chain(facts: GraphFacts, softmax: Node) -> Attention | None:
     product = _next_product(softmax)
     if product is None or previous_product(softmax.args[0]) is None:
         return None
-    sinks_dropped = _check_probabilities(softmax, product)
-    if not is_op(product, aten.matmul) or tensor_value(product).dim() != 4:  # type: ignore[union-attr]
-        raise Refused(Reason.UNKNOWN_FORM, f"probabilities meet the values in {product.target}")
-    reader = ScoreReader(facts)
-    scores = reader.read(softmax.args[0])
+    scores = softmax.args[0]
+    assert isinstance(scores, Node)
+    loose = not _is_plain(product, previous_product(scores))
+    sinks_dropped = _check_probabilities(softmax, product, loose=loose)
+    reader = ScoreReader(facts, loose=loose)
+    first = reader.read(scores)
     if (reader.sinks is not None) != sinks_dropped:
         raise Refused(Reason.UNKNOWN_FORM, "an extra score column is added but not dropped, or the other way round")
-    query, key = scores.args[0], scores.args[1]
-    value = product.args[1]
-    assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
-    for operand in (query, key, value):
-        tensor = tensor_value(operand)
-        if tensor is None or tensor.dim() != 4:
-            raise Refused(Reason.HEAD_LAYOUT, f"{operand} is not [B, H, T, D]")
-    scale = reader.scale
+    query, key, factor = _operands(first, reader)
+    _, value, _ = _operands(product, None)
+    scale = reader.scale * factor
     if not (scale > 0 and math.isfinite(scale)):
         raise Refused(Reason.SCALE, f"scale={scale}")
     return Attention(
@@ -68,9 +72,38 @@ def match_softmax_chain(facts: GraphFacts, softmax: Node) -> Attention | None:
         mask=tuple(reader.mask),
         is_causal=False,
         grouped=False,
-        form="eager",
-        key_transposed=True,
+        form="products" if loose else "eager",
+        key_transposed=not loose,
+        scores=scores,
     )
+
+
+def _is_plain(*products: Node | None) -> bool:
+    """Whether all products are 4-D ``matmul``, whose operands have one reading only."""
+    return all(
+        product is not None
+        and is_op(product, aten.matmul)
+        and all((value := tensor_value(part)) is not None and value.dim() == 4 for part in (product, *product.args))
+        for product in products
+    )
+
+
+def _operands(product: Node, reader: ScoreReader | None) -> tuple[Node, Node, float]:
+    """Left and right operand of a product and the factor it applies; ``reader`` takes a term that it adds."""
+    factor = 1.0
+    parts = product.args
+    if is_op(product, aten.einsum):
+        parts = product.args[1]  # type: ignore[assignment]
+    if is_op(product, aten.baddbmm):
+        factor, beta = float(product.kwargs.get("alpha", 1)), product.kwargs.get("beta", 1)  # type: ignore[arg-type]
+        if beta != 0:
+            if reader is None:
+                raise Refused(Reason.UNKNOWN_FORM, "a term is added to the product with the values")
+            raise Refused(Reason.ATTENTION_BIAS, f"{product.args[0]} is added to the scores in baddbmm")
+        parts = product.args[1:]
+    if len(parts) != 2 or not all(isinstance(part, Node) for part in parts):
+        raise Refused(Reason.UNKNOWN_FORM, f"{product.target} of {len(parts)} operands")
+    return parts[0], parts[1], factor  # type: ignore[return-value]
 
 
 def _next_product(node: Node) -> Node | None:
@@ -85,7 +118,7 @@ def _next_product(node: Node) -> Node | None:
     return None
 
 
-def _check_probabilities(softmax: Node, product: Node) -> bool:
+def _check_probabilities(softmax: Node, product: Node, *, loose: bool) -> bool:
     """Follow the probabilities to the product with the values; returns whether a sink column is dropped on the way."""
     node, sinks_dropped = softmax, False
     while True:
@@ -94,7 +127,8 @@ def _check_probabilities(softmax: Node, product: Node) -> bool:
             raise Refused(Reason.WEIGHTS_USED, f"{node} has {len(users)} uses (output_attentions?)")
         user = users[0]
         if user is product:
-            if product.args[0] is not node:
+            operands = product.args[1] if is_op(product, aten.einsum) else product.args
+            if not isinstance(operands, (list, tuple)) or operands[0] is not node:
                 raise Refused(Reason.UNKNOWN_FORM, "the probabilities are not the left operand of the last product")
             return sinks_dropped
         if is_op(user, aten.dropout):
@@ -102,7 +136,7 @@ def _check_probabilities(softmax: Node, product: Node) -> bool:
                 raise Refused(Reason.DROPOUT, f"dropout p={user.args[1]}")
         elif is_op(user, aten.slice) and _is_drop_last(user):
             sinks_dropped = True
-        elif not (is_op(user, *PASS_THROUGH) or is_noop(user)):
+        elif not (is_op(user, *PASS_THROUGH) or is_noop(user) or (loose and is_op(user, *MOVES))):
             raise Refused(Reason.UNKNOWN_FORM, f"{user.target} between the softmax and the values")
         node = user
 

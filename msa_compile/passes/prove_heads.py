@@ -40,7 +40,7 @@ def prove_heads(facts: GraphFacts, attention: Attention, operand: Node, *, trans
         Refused: If no tensor is proved to be the un-repeated one, or a cache is written under the repeat.
     """
     query_heads = int(attention.query.meta["val"].shape[1])
-    chain = _layout_chain(operand)
+    chain = layout_chain(operand)
     proved = [heads for node in chain if (heads := _prove(facts, operand, node, query_heads, attention, transposed))]
     if not proved:
         raise Refused(Reason.HEAD_LAYOUT, f"{query_heads} query heads against {operand} {_shape(operand)}")
@@ -51,7 +51,7 @@ def prove_heads(facts: GraphFacts, attention: Attention, operand: Node, *, trans
     return heads
 
 
-def _layout_chain(operand: Node) -> list[Node]:
+def layout_chain(operand: Node) -> list[Node]:
     """``operand`` and what it is a re-arrangement of, nearest first."""
     chain = [operand]
     while is_op(chain[-1], *_LAYOUT) and isinstance(chain[-1].args[0], Node):
@@ -66,7 +66,7 @@ def _prove(
     if value is None or target is None or value.dim() != 4:
         return None
     inner = _between(operand, node)
-    sizes = _small_sizes(inner | {operand, node})
+    sizes = small_sizes(inner | {operand, node})
     if sizes is None:
         return None
     shape = [concrete(size, sizes) for size in value.shape]
@@ -103,7 +103,7 @@ def _between(operand: Node, node: Node) -> set[Node]:
     return chain
 
 
-def _small_sizes(nodes: set[Node]) -> Sizes | None:
+def small_sizes(nodes: set[Node]) -> Sizes | None:
     """Small distinct values for the symbols, or ``{}`` when the graph is specialised."""
     values = [node.meta.get("val") for node in nodes]
     parts = [part for value in values if isinstance(value, torch.Tensor) for part in value.shape] + values

@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch.fx import Node
 
-from msa_compile.passes.attention import Attention, MaskProof, MaskTerm, Refused
+from msa_compile.passes.attention import Attention, Heads, MaskProof, MaskTerm, Refused
 from msa_compile.passes.choose_sizes import SizeSpace, shape_symbols
 from msa_compile.passes.graph_facts import GraphFacts, tensor_value
 from msa_compile.passes.lift_mask import LiftedMask, check_term, constants_of, lift_mask
@@ -28,31 +28,39 @@ _LARGEST_CONSTANT = 4096  # a window wider than this is not straddled by a proof
 _LARGEST_RUN = 2**26  # elements of one concrete mask
 
 
-def prove_mask(facts: GraphFacts, attention: Attention, key_length: object) -> MaskProof:
+def prove_mask(facts: GraphFacts, attention: Attention, query: Heads, key: Heads) -> MaskProof:
     """Say what hides the scores of ``attention``.
 
     Args:
         facts: Facts of the graph.
         attention: The attention.
-        key_length: ``Tk``, possibly symbolic.
+        query: Its queries.
+        key: Its un-repeated keys.
 
     Raises:
         Refused: If later keys are visible, the mask is a bias, comes from activations, or differs between heads.
     """
-    query_length = attention.query.meta["val"].shape[2]
+    query_length, key_length = query.length, key.length
     if not attention.mask:
         return _without_mask(attention, query_length, key_length)
     lifted = lift_mask(facts, attention)
     for term in attention.mask:
-        check_term(term, lifted, query_length)
+        check_term(term, lifted)
+    if expression(query_length) != 1 and all(_has_one_row(term) for term in attention.mask):
+        raise Refused(Reason.NOT_CAUSAL, "one mask row for all queries")
     if lifted.others:
         return MaskProof("given", detail="mask handed in or made from positions; applied as it is")
     try:
-        return _classify(facts, attention, lifted, query_length, key_length)
+        return _classify(facts, attention, lifted, query, key)
     except ReplayError as error:
         if any(term.kind == "additive" for term in attention.mask):
             raise Refused(Reason.ATTENTION_BIAS, f"an added term could not be run to see its values: {error}") from None
         return MaskProof("given", detail="mask applied as it is")
+
+
+def _has_one_row(term: MaskTerm) -> bool:
+    value = term.node.meta["val"]
+    return value.dim() < 2 or expression(value.shape[-2]) == 1
 
 
 def _without_mask(attention: Attention, query_length: object, key_length: object) -> MaskProof:
@@ -64,16 +72,15 @@ def _without_mask(attention: Attention, query_length: object, key_length: object
     raise Refused(Reason.NOT_CAUSAL, "no mask: every query sees every key")
 
 
-def _classify(
-    facts: GraphFacts, attention: Attention, lifted: LiftedMask, query_length: object, key_length: object
-) -> MaskProof:
+def _classify(facts: GraphFacts, attention: Attention, lifted: LiftedMask, query: Heads, key: Heads) -> MaskProof:
+    query_length, key_length = query.length, key.length
     constants = constants_of(lifted)
-    symbols = symbols_of(lifted.inner | set(lifted.paddings)) | shape_symbols(attention.query.meta["val"])
+    symbols = symbols_of(lifted.inner | set(lifted.paddings)) | shape_symbols(query.node.meta["val"])
     symbols |= expression(key_length).free_symbols
     every = [query_length, key_length, *(node.meta["val"] for node in lifted.inner if "val" in node.meta)]
     space = SizeSpace(size for size in every if isinstance(size, torch.SymInt))
     lengths_of = expression(query_length).free_symbols | expression(key_length).free_symbols
-    batches = [attention.query.meta["val"].shape[0], *(node.meta["val"].shape[0] for node in lifted.paddings)]
+    batches = [query.batch, *(node.meta["val"].shape[0] for node in lifted.paddings)]
     batch_symbols = set().union(*(expression(size).free_symbols for size in batches)) - lengths_of
     straddle = [value + extra for value in constants if value <= _LARGEST_CONSTANT for extra in (1, 3)]
     straddle += [bound + extra for bound in space.lower_bounds(symbols - batch_symbols) for extra in (0, 1, 4)]
@@ -158,7 +165,7 @@ def _visible(mask: torch.Tensor, term: MaskTerm, tq: int, tk: int) -> torch.Tens
         seen = mask == 0
     else:
         seen = mask.bool() if term.kind == "visible" else ~mask.bool()
-    seen = seen[(None,) * (4 - seen.dim())]
+    seen = seen.squeeze(1) if seen.dim() == 5 else seen[(None,) * (4 - seen.dim())]
     if not (seen == seen[:, :1]).all():
         raise Refused(Reason.MASK_PER_HEAD, f"{term.node} differs between heads")
     return seen[:, 0].expand(-1, tq, tk)

@@ -15,19 +15,28 @@ from msa_compile.records import Reason
 aten = torch.ops.aten
 PRODUCTS = (aten.matmul, aten.bmm, aten.baddbmm, aten.einsum)
 PASS_THROUGH = (aten.to, aten._to_copy, aten.contiguous, aten.clone, aten.alias, aten.detach, aten.lift_fresh_copy)
-_RESHAPE = (aten.view, aten.reshape, aten._unsafe_view)
+RESHAPE = (aten.view, aten.reshape, aten._unsafe_view)
 ELEMENTWISE = (
-    *PASS_THROUGH, *_RESHAPE, aten.add, aten.sub, aten.mul, aten.div, aten.tanh, aten.masked_fill, aten.where, aten.cat,
-    aten.slice, aten.dropout, aten.add_, aten.mul_, aten.div_, aten.masked_fill_, aten.clamp,
+    *PASS_THROUGH, *RESHAPE, aten.add, aten.sub, aten.mul, aten.div, aten.tanh, aten.masked_fill, aten.where, aten.cat,
+    aten.slice, aten.dropout, aten.add_, aten.mul_, aten.div_, aten.masked_fill_, aten.clamp, aten.permute,
+    aten.transpose, aten.unsqueeze, aten.squeeze,
 )  # fmt: skip
+MOVES = (*RESHAPE, aten.permute, aten.transpose, aten.unsqueeze, aten.squeeze, aten.expand)
 HIDDEN = -1e4  # a score at or below this is masked: eager masks use finfo.min, -inf, -1e9 or -1e4
 
 
 class ScoreReader:
-    """Walks from the softmax back to ``q @ k.T``, collecting what lies between."""
+    """Walks from the softmax back to ``q @ k.T``, collecting what lies between.
 
-    def __init__(self, facts: GraphFacts) -> None:
+    Args:
+        facts: Facts of the graph.
+        loose: Also walk through re-arrangements of the scores, and end at any product. What is read then has to be
+            proved by running it (``prove_products``).
+    """
+
+    def __init__(self, facts: GraphFacts, *, loose: bool = False) -> None:
         self.facts = facts
+        self.loose = loose
         self.factor = 1.0
         self.softcap: float | None = None
         self.sinks: Node | None = None
@@ -42,7 +51,7 @@ class ScoreReader:
         """The product ``q @ k.T``; fills scale, softcap, sinks and mask on the way."""
         while True:
             assert isinstance(node, Node)
-            if is_op(node, aten.matmul):
+            if is_op(node, *PRODUCTS) if self.loose else is_op(node, aten.matmul):
                 return node
             step = self._step(node)
             if step is None:
@@ -51,7 +60,7 @@ class ScoreReader:
 
     def _step(self, node: Node) -> Node | None:
         first = node.args[0] if node.args else None
-        if is_op(node, *PASS_THROUGH) or is_noop(node):
+        if is_op(node, *PASS_THROUGH) or is_noop(node) or (self.loose and is_op(node, *MOVES)):
             return first if isinstance(first, Node) else None
         if is_op(node, aten.mul, aten.div, aten.mul_, aten.div_):
             return self._factor(node, divide=is_op(node, aten.div, aten.div_))
@@ -150,6 +159,8 @@ def _guarded(symbolic: torch.SymFloat | torch.SymInt) -> float | None:
 
 def _is_row_max(node: object, scores: Node) -> bool:
     """Whether ``node`` is the row maximum of ``scores``, kept as a column."""
+    while is_op(node, *PASS_THROUGH) and isinstance(node, Node):
+        node = node.args[0]
     if is_op(node, operator.getitem) and isinstance(node, Node) and node.args[1] == 0:
         node = node.args[0]
     if not isinstance(node, Node) or not is_op(node, aten.max, aten.amax) or node.args[0] is not scores:
@@ -177,7 +188,7 @@ def previous_product(node: object) -> Node | None:
 
 def is_noop(node: Node) -> bool:
     """Whether a slice or reshape leaves the shape as it is (and so, for these ops, the contents)."""
-    if not is_op(node, aten.slice, *_RESHAPE):
+    if not is_op(node, aten.slice, *RESHAPE):
         return False
     before, after = tensor_value(node.args[0]), tensor_value(node)
     return before is not None and after is not None and tuple(before.shape) == tuple(after.shape)

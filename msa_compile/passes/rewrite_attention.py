@@ -11,7 +11,7 @@ from torch.fx.node import map_arg
 
 import msa_compile.kernels  # noqa: F401  (registers the msa ops)
 from msa_compile.config import MSAConfig
-from msa_compile.passes.attention import Heads, MaskTerm
+from msa_compile.passes.attention import Heads, MaskTerm, OutputLayout
 from msa_compile.passes.detect_attention import Proved
 from msa_compile.passes.graph_facts import tensor_value
 
@@ -30,9 +30,9 @@ def rewrite_attention(graph: Graph, proved: Proved, name: str, config: MSAConfig
     """
     attention = proved.attention
     emit = _Emitter(graph, attention.output)
-    key, value = emit.heads(proved.key), emit.heads(proved.value)
-    position = _positions(emit, proved, name)
-    index_query = _group_mean(emit, attention.query, proved.key.count)
+    query, key, value = emit.heads(proved.query), emit.heads(proved.key), emit.heads(proved.value)
+    position = _positions(emit, proved, query, name)
+    index_query = _group_mean(emit, query, proved.key.count)
     shared: dict[str, Any] = {"block_size": config.block_size, "dense_below": config.resolved_dense_below(), **position}
     block_ids = emit(
         torch.ops.msa.select_blocks.default,
@@ -46,7 +46,7 @@ def rewrite_attention(graph: Graph, proved: Proved, name: str, config: MSAConfig
     sinks = None if attention.sinks is None else emit.sinks(attention.sinks)
     out = emit(
         torch.ops.msa.block_sparse_attention.default,
-        attention.query,
+        query,
         key,
         value,
         block_ids,
@@ -55,6 +55,7 @@ def rewrite_attention(graph: Graph, proved: Proved, name: str, config: MSAConfig
         sinks=sinks,
         **shared,
     )
+    out = emit.arranged(out, proved.output)
     dtype = attention.output.meta["val"].dtype
     if out.meta["val"].dtype != dtype:
         out = emit(aten.to.dtype, out, dtype)
@@ -70,14 +71,14 @@ def _group_mean(emit: _Emitter, query: Node, groups: int) -> Node:
     return emit(aten.mean.dim, emit(aten.unflatten.int, query, 1, [groups, heads // groups]), [2])
 
 
-def _positions(emit: _Emitter, proved: Proved, name: str) -> dict[str, Node]:
+def _positions(emit: _Emitter, proved: Proved, query: Node, name: str) -> dict[str, Node]:
     """The arguments that say where queries and keys stand and what they see."""
     form = proved.mask.form
     if form == "causal":
         return {}
     if form == "top_left":
-        batch = emit(aten.sym_size.int, proved.attention.query, 0)
-        device = proved.attention.query.meta["val"].device
+        batch = emit(aten.sym_size.int, query, 0)
+        device = query.meta["val"].device
         return {"query_start": emit(aten.zeros.default, [batch], dtype=torch.int64, device=device)}
     mask = emit.visible(proved.attention.mask[0], name)
     for term in proved.attention.mask[1:]:
@@ -85,9 +86,9 @@ def _positions(emit: _Emitter, proved: Proved, name: str) -> dict[str, Node]:
     if form == "causal+padding":
         # The last query sees every key that is not padded, so its row is the padding mask: linear, not Tq x Tk.
         mask = emit(aten.slice.Tensor, mask, 2, -1)
-        _, key_start = emit.positions(mask, proved.attention.query)
+        _, key_start = emit.positions(mask, query)
         return {"mask": mask, "key_start": key_start}
-    query_start, key_start = emit.positions(mask, proved.attention.query)
+    query_start, key_start = emit.positions(mask, query)
     return {"mask": mask, "query_start": query_start, "key_start": key_start}
 
 
@@ -115,10 +116,23 @@ class _Emitter:
         return self(operator.getitem, node, index)
 
     def heads(self, heads: Heads) -> Node:
-        """Keys or values as ``[B, Hkv, Tk, D]``."""
-        if heads.permutation == (0, 1, 2, 3):
-            return heads.node
-        return self(aten.permute.default, heads.node, list(heads.permutation))
+        """Queries, keys or values as ``[B, H, T, D]``."""
+        node = heads.node
+        if heads.permutation != tuple(range(len(heads.permutation))):
+            node = self(aten.permute.default, node, list(heads.permutation))
+        if len(heads.permutation) == 3:
+            return self(aten.unsqueeze.default, node, 1)
+        return self(aten.flatten.using_ints, node, 1, 2) if len(heads.permutation) == 5 else node
+
+    def arranged(self, node: Node, layout: OutputLayout) -> Node:
+        """``[B, Hq, Tq, D]`` in the layout of the node that it replaces."""
+        if layout.permutation != (0, 1, 2, 3):
+            node = self(aten.permute.default, node, list(layout.permutation))
+        if layout.flatten is not None:
+            node = self(aten.flatten.using_ints, node, layout.flatten, layout.flatten + 1)
+        if layout.unflatten is not None:
+            node = self(aten.unflatten.int, node, layout.unflatten[0], list(layout.unflatten[1]))
+        return node
 
     def visible(self, term: MaskTerm, name: str) -> Node:
         """A mask term as bool ``[B or 1, 1, Tq, Tk]``, true where a key is seen."""
@@ -131,6 +145,8 @@ class _Emitter:
         assert value is not None
         if value.dtype != torch.bool:
             node = self(aten.to.dtype, node, torch.bool)
+        if value.dim() == 5:
+            return self(aten.squeeze.dim, node, 1)
         for _ in range(4 - value.dim()):
             node = self(aten.unsqueeze.default, node, 0)
         # The heads of a mask were proved equal.
