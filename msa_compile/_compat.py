@@ -7,7 +7,8 @@ a user meets it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch._guards import TracingContext
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_proxy_mode,
@@ -39,9 +41,12 @@ __all__ = [
     "compiled_module_class",
     "disable_proxy_modes_tracing",
     "get_proxy_mode",
+    "graph_inputs",
+    "graphs_in",
     "is_traceable_wrapper_subclass",
     "lookup_backend",
     "make_fx",
+    "restore_paths",
     "tag_activation_checkpoint",
     "track_tensor_tree",
     "unset_fake_temporarily",
@@ -69,3 +74,78 @@ def compiled_module_class() -> type[torch.nn.Module]:
     from torch._dynamo.eval_frame import OptimizedModule
 
     return OptimizedModule
+
+
+def graph_inputs(gm: GraphModule) -> list[tuple[str, object]]:
+    """Where each input of a Dynamo graph comes from, as ``"L['self']._parameters['weight']"``, and its value."""
+    arguments = [node.meta.get("grapharg") for node in gm.graph.nodes if node.op == "placeholder"]
+    return [(_source_name(arg.source), arg.example) for arg in arguments if arg is not None and arg.source is not None]
+
+
+def _source_name(source: Any) -> str:
+    # A method up to torch 2.11, a property since.
+    name = source.name
+    return str(name() if callable(name) else name)
+
+
+def graphs_in(gm: GraphModule) -> list[GraphModule]:
+    """``gm`` and the bodies of its higher-order operators."""
+    return [module for module in gm.modules() if isinstance(module, GraphModule)]
+
+
+_INPUT = re.compile(r"^L\['(\w+)'\]((?:\._modules\['[^']+'\])*)\._(?:parameters|buffers)\['[^']+'\]$")
+_LOCAL = re.compile(r"^L\['(\w+)'\]")
+
+
+def restore_paths(gm: GraphModule, model: torch.nn.Module) -> None:
+    """Make the module paths in a graph's metadata start at ``model``.
+
+    After a graph break Dynamo captures the frames of inner modules one by one, and each such graph knows its own
+    frame's module as ``L['self']`` alone. The parameters and buffers among its inputs tell which module of
+    ``model`` that is.
+
+    Args:
+        gm: A graph from Dynamo; its ``nn_module_stack`` metadata is corrected in place.
+        model: The model that is being captured.
+    """
+    prefixes = {local: prefix for local, prefix in _frame_prefixes(gm, model).items() if prefix}
+    if not prefixes:
+        return
+    alone = next(iter(prefixes)) if len(prefixes) == 1 else None
+    for body in graphs_in(gm):
+        for node in body.graph.nodes:
+            stack = node.meta.get("nn_module_stack")
+            if stack:
+                node.meta["nn_module_stack"] = {
+                    key: (_LOCAL.sub(lambda found: _rooted(found[1], prefixes), path), kind)
+                    for key, (path, kind) in stack.items()
+                }
+            elif alone is not None and node.op not in ("placeholder", "output"):
+                kind = type(model.get_submodule(prefixes[alone]))
+                node.meta["nn_module_stack"] = {alone: (_rooted(alone, prefixes), kind)}
+
+
+def _rooted(local: str, prefixes: Mapping[str, str]) -> str:
+    return f"L['{local}'].{prefixes[local]}" if local in prefixes else f"L['{local}']"
+
+
+def _frame_prefixes(gm: GraphModule, model: torch.nn.Module) -> dict[str, str]:
+    """The path of the module that each local variable of the captured frame holds."""
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                paths.setdefault(id(tensor), []).append(path)
+    candidates: dict[str, set[str]] = {}
+    for source, value in graph_inputs(gm):
+        found = _INPUT.match(source)
+        if found is None or id(value) not in paths:
+            continue
+        tail = ".".join(re.findall(r"\['([^']+)'\]", found[2]))
+        fits = {path[: len(path) - len(tail)].rstrip(".") for path in paths[id(value)] if _ends_with(path, tail)}
+        candidates[found[1]] = candidates.get(found[1], fits) & fits
+    return {local: min(fits, key=len) for local, fits in candidates.items() if fits}
+
+
+def _ends_with(path: str, tail: str) -> bool:
+    return not tail or path == tail or path.endswith("." + tail)

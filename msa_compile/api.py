@@ -3,61 +3,49 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from msa_compile._compat import compiled_module_class
 from msa_compile.backend import MSABackend, check_inner, check_strict
 from msa_compile.config import MSAConfig
-from msa_compile.discover import discover
+from msa_compile.discover import (
+    CallInputs,
+    Discovery,
+    candidate_inputs,
+    check_any_sparse,
+    discover,
+    discover_first,
+    sparse_owners,
+)
 from msa_compile.errors import (
     AlreadySparseError,
     CaptureError,
     CompiledModelError,
     DataParallelError,
     ExampleInputsError,
-    NothingToSparsifyError,
     NotSparseError,
 )
-from msa_compile.records import GraphRecord
 from msa_compile.report import Report, build_report
 from msa_compile.runtime import (
     Door,
-    RefuseReplication,
     door_of,
+    hang_door,
+    has_traces,
     install_markers,
     marker_tokens,
-    muted_markers,
-    remove_markers,
+    paused,
+    tag_frames,
+    take_door,
 )
 
 log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
-_LONG_DUMMY = 8209  # beyond every common sliding window; prime, so that no other size of a model equals it
-_REPLICATE = "_replicate_for_data_parallel"
-
-
-@dataclass
-class _State:
-    """What a door keeps: copied and pickled with the model."""
-
-    config: MSAConfig
-    inner: str
-    windows: dict[str, int] = field(default_factory=dict)
-    discovered: list[GraphRecord] = field(default_factory=list)
-
-
-def _make_backend(state: _State) -> MSABackend:
-    backend = MSABackend(state.config, state.inner)
-    backend.windows = state.windows
-    return backend
 
 
 def sparsify(
@@ -66,8 +54,11 @@ def sparsify(
     """Make the grouped-query attention of ``model`` sparse, in place.
 
     The model keeps its class, its weights and its interface; only its ``forward`` is now compiled with the ``"msa"``
-    backend, which rewrites each attention site that it can prove. Sites that it cannot prove stay dense with a reason, see
-    :func:`explain`. Batch and sequence length are dynamic; the first call of each kind (prefill, decode) compiles.
+    backend, which rewrites each attention site that it can prove. Sites that it cannot prove stay dense with a reason,
+    see :func:`explain`. Batch and sequence length are dynamic; the first call of each kind (prefill, decode) compiles.
+
+    A deep copy and a pickle of the model are sparse too. ``state_dict`` and ``save_pretrained`` hold the plain weights
+    and nothing of this package: what is loaded from them is a dense model, to be sparsified again.
 
     Args:
         model: Any module whose attention Dynamo can capture.
@@ -91,91 +82,69 @@ def sparsify(
     config = MSAConfig() if config is None else config
     _check_model(model)
     check_inner(inner)
-    state = _State(config, inner)
-    for inputs in _candidate_inputs(model, example_inputs):
-        try:
-            _discover_into(state, model, *inputs)
-            break
-        except (CaptureError, ExampleInputsError) as error:
-            if example_inputs is not None:
-                raise
-            log.debug("dummy inputs did not fit, trying the next: %s", error)
-    original = model.__dict__.get("forward")
+    door = SparseDoor(model, model.__dict__.get("forward"), config, inner)
     try:
-        install_markers(model, _sparse_owners(state))
-        model.__dict__[_REPLICATE] = RefuseReplication()
-        model.__dict__["forward"] = SparseDoor(model, original, _make_backend, state)
+        for inputs in candidate_inputs(model, example_inputs):
+            try:
+                door.adopt(discover(model, inputs, config, {}))
+                break
+            except (CaptureError, ExampleInputsError) as error:
+                if example_inputs is not None:
+                    raise
+                log.debug("dummy inputs did not fit, trying the next: %s", error)
+        hang_door(door)
     except BaseException:
-        _take_away(model, original)
+        take_door(door)
         raise
     return model
 
 
 class SparseDoor(Door):
-    """A door that finds the sites at the first call, when nobody found them before."""
+    """A door that rewrites, and that finds the sites at the first call when nobody found them before."""
 
-    state: _State
+    def __init__(self, module: nn.Module, original: Callable[..., Any] | None, config: MSAConfig, inner: str) -> None:
+        super().__init__(module, original)
+        self.config = config
+        self.inner = inner
+        self.discovery = Discovery()
+        self.windows: dict[str, int] = {}
+        self.expected: set[str] = set()
 
-    @torch.compiler.disable(recursive=False)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        found_now = not self.state.discovered and not torch.compiler.is_exporting()
-        if found_now:
-            try:
-                _discover_into(self.state, self.module, args, kwargs)
-                install_markers(self.module, _sparse_owners(self.state))
-            except CaptureError as error:
-                log.debug("fake capture failed, sites are taken from the compiled graph: %s", error)
-        out = super().__call__(*args, **kwargs)
-        if found_now and not self.state.discovered:
-            self.state.discovered = list(self.backend.records)
-            _check_found(self.state)
-            install_markers(self.module, _sparse_owners(self.state))
-        return out
+    def adopt(self, discovery: Discovery) -> None:
+        """Check what was found, and guard it.
 
+        Raises:
+            NothingToSparsifyError, SiteRefusedError: It is not enough.
+        """
+        check_strict(discovery.sites, self.config)
+        check_any_sparse(discovery.sites)
+        if len(discovery.records) > 1:
+            tag_frames(self.module)
+        install_markers(self.module, discovery.carriers)
+        self.windows.update(discovery.windows)
+        self.expected.update(site.name for site in discovery.sites if site.decision == "sparse")
+        self.discovery = discovery
 
-def _discover_into(state: _State, model: nn.Module, args: Any, kwargs: Any) -> None:
-    windows = dict(state.windows)
-    try:
-        records = discover(model, args, kwargs, state.config, windows)
-    except TypeError as error:
-        raise ExampleInputsError(
-            f"{type(model).__name__}.forward cannot be called with the given inputs: {error}. "
-            f"Its signature is {inspect.signature(model.forward)}."
-        ) from error
-    found = _State(state.config, state.inner, windows, records)
-    _check_found(found)
-    state.windows.update(windows)
-    state.discovered = records
+    def new_backend(self) -> MSABackend:
+        """A backend that knows the model and what was found in it."""
+        return MSABackend(self.config, self.inner, model=self.module, windows=self.windows, expected=self.expected)
 
+    def before_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find the sites on fake tensors, once."""
+        with self._lock:
+            if not self.discovery.records and self.backend is None:
+                try:
+                    self.adopt(discover(self.module, CallInputs(args, kwargs), self.config, self.windows))
+                except CaptureError as error:
+                    log.debug("fake capture failed, sites are taken from the compiled graph: %s", error)
+                    tag_frames(self.module)
 
-def _discover_first(
-    model: nn.Module, candidates: list[Any], config: MSAConfig, windows: dict[str, int]
-) -> list[GraphRecord]:
-    """The records of the first candidate that the model accepts; the last one's error otherwise."""
-    for args, kwargs in candidates[:-1]:
-        with contextlib.suppress(CaptureError, TypeError):
-            return discover(model, args, kwargs, config, windows)
-    args, kwargs = candidates[-1]
-    return discover(model, args, kwargs, config, windows)
-
-
-def _check_found(state: _State) -> None:
-    sites = [site for record in state.discovered for site in record.sites]
-    check_strict(sites, state.config)
-    if any(site.decision == "sparse" for site in sites):
-        return
-    if not sites:
-        raise NothingToSparsifyError(
-            "no attention was found: no scaled_dot_product_attention and no softmax between two matrix products in the "
-            "captured graph. If the model has attention, a custom kernel or a graph break hides it from capture."
-        )
-    lines = "\n".join(f"  {s.name or '<root>'}: {s.reason.value if s.reason else ''}: {s.detail}" for s in sites)
-    raise NothingToSparsifyError(f"{len(sites)} attention sites were found and none can be made sparse:\n{lines}")
-
-
-def _sparse_owners(state: _State) -> list[str]:
-    sites = [site for record in state.discovered for site in record.sites if site.decision == "sparse"]
-    return list(dict.fromkeys(site.name.split(":")[0] for site in sites))
+    def after_call(self) -> None:
+        """Take the sites from the graphs of the first call, where fake tensors did not do."""
+        with self._lock:
+            if not self.discovery.records:
+                found = Discovery(tuple(self.backend.records))
+                self.adopt(replace(found, carriers={owner: owner for owner in sparse_owners(found.sites)}))
 
 
 def unsparsify(model: Model) -> Model:
@@ -184,37 +153,21 @@ def unsparsify(model: Model) -> Model:
     Raises:
         NotSparseError: The model is not sparsified.
     """
-    door = _require_door(model)
-    _take_away(model, door.original)
+    take_door(_require_door(model))
     return model
-
-
-def _take_away(model: nn.Module, original: Any) -> None:
-    model.__dict__.pop(_REPLICATE, None)
-    model.__dict__.pop("forward", None)
-    if original is not None:
-        model.__dict__["forward"] = original
-    remove_markers(model)
 
 
 @contextlib.contextmanager
 def dense(model: Model) -> Iterator[Model]:
-    """The original model for the duration of the block, for A/B comparison.
+    """The original model for the duration of the block, for A/B comparison, export or saving.
 
     The model is switched in place: calls from other threads meanwhile are dense too.
 
     Raises:
         NotSparseError: The model is not sparsified.
     """
-    door = _require_door(model)
-    with muted_markers(model):
-        model.__dict__.pop("forward")
-        if door.original is not None:
-            model.__dict__["forward"] = door.original
-        try:
-            yield model
-        finally:
-            model.__dict__["forward"] = door
+    with paused(_require_door(model)):
+        yield model
 
 
 def explain(model: nn.Module, *args: Any, config: MSAConfig | None = None, **kwargs: Any) -> Report:
@@ -222,8 +175,8 @@ def explain(model: nn.Module, *args: Any, config: MSAConfig | None = None, **kwa
 
     Args:
         model: A plain or a sparsified model.
-        *args: Arguments of a call to examine, on fake tensors. Without any, a sparsified model reports the graphs that it
-            has compiled, and a transformers model is examined on its own dummy inputs.
+        *args: Arguments of a call to examine, on fake tensors. Without any, a sparsified model reports the graphs that
+            it has compiled, and a transformers model is examined on its own dummy inputs.
         config: For a plain model; a sparsified one has its own.
         **kwargs: Keyword arguments of that call.
 
@@ -231,78 +184,60 @@ def explain(model: nn.Module, *args: Any, config: MSAConfig | None = None, **kwa
         A frozen report; ``print`` it.
 
     Raises:
-        ExampleInputsError: Nothing to examine the model with.
+        ExampleInputsError: Nothing to examine the model with, or arguments that do not fit ``model.forward``.
         CaptureError: The model cannot be captured.
+        AlreadySparseError: ``config`` is given and the model is sparsified with another one.
     """
+    model = getattr(model, "_orig_mod", model) if isinstance(model, compiled_module_class()) else model
     door = door_of(model)
-    if door is not None and config is not None and config != door.state.config:
+    assert door is None or isinstance(door, SparseDoor), "there is one kind of door"
+    if door is not None and config is not None and config != door.config:
         raise AlreadySparseError("the model is sparsified with a config of its own; unsparsify it to examine another")
-    used = door.state.config if door is not None else config or MSAConfig()
-    counts = {name: int(token.item()) for name, token in marker_tokens(model).items()}
-    records = list(door.backend.records) if door is not None and door.backend is not None else []
-    if door is not None and not records:
-        records = list(door.state.discovered)
+    used = door.config if door is not None else config or MSAConfig()
+    counts: dict[str, int] = {name: int(token.item()) for name, token in marker_tokens(model).items()}
+    records = () if door is None or door.backend is None else tuple(door.backend.records)
+    if door is not None:
+        records = records or door.discovery.records
+        if door.backend is not None:
+            counts["in our graphs"] = door.backend.dense_calls.total()
     if args or kwargs or not records:
-        candidates = [(args, kwargs)] if args or kwargs else _candidate_inputs(model, None)
+        candidates = [CallInputs(args, kwargs)] if args or kwargs else candidate_inputs(model, None)
         if not candidates:
             raise ExampleInputsError(
-                f"explain needs the arguments of a call to examine {type(model).__name__}: explain(model, *args, **kwargs)"
+                f"explain needs the arguments of a call to examine {type(model).__name__}: "
+                "explain(model, *args, **kwargs)"
             )
-        records = _discover_first(model, candidates, used, dict(door.state.windows) if door is not None else {})
+        records = discover_first(model, candidates, used, {} if door is None else door.windows).records
     return build_report(records, used, counts, sparsified=door is not None)
 
 
 def _require_door(model: nn.Module) -> Door:
     door = door_of(model)
-    if door is None:
-        raise NotSparseError(f"{type(model).__name__} is not sparsified; call msa_compile.sparsify(model) first")
-    return door
+    if door is not None and model.__dict__.get("forward", door) is door:
+        return door
+    if isinstance(model, compiled_module_class()):
+        raise NotSparseError("this is what torch.compile made; give the module inside, model._orig_mod")
+    if has_traces(model):
+        raise NotSparseError(
+            f"{type(model).__name__} is sparsified in part, or its forward was wrapped since: give the part that was "
+            "sparsified, and take the wrapper off first"
+        )
+    raise NotSparseError(f"{type(model).__name__} is not sparsified; call msa_compile.sparsify(model) first")
 
 
 def _check_model(model: object) -> None:
     if isinstance(model, compiled_module_class()):
         raise CompiledModelError(
-            "the model is already wrapped by torch.compile; sparsify the module inside (model._orig_mod), which is then "
-            'compiled by sparsify itself, or use torch.compile(module, backend="msa")'
+            "the model is already wrapped by torch.compile; sparsify the module inside (model._orig_mod), which is "
+            'then compiled by sparsify itself, or use torch.compile(module, backend="msa")'
         )
     if not isinstance(model, nn.Module):
         raise CompiledModelError(f"sparsify takes a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, nn.DataParallel) or getattr(model, "_is_replica", False):
         raise DataParallelError("nn.DataParallel cannot be sparsified: use DistributedDataParallel, or one device")
-    if any(door_of(module) is not None for module in model.modules()):
+    if has_traces(model):
         raise AlreadySparseError(
             f"{type(model).__name__} or a module in it is already sparsified; unsparsify it before another config"
         )
     if getattr(model, "_compiled_call_impl", None) is not None:
         raise CompiledModelError("model.compile() was called on this model; sparsify a model that is not compiled")
-
-
-def _candidate_inputs(model: nn.Module, given: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Arguments of one call to examine: what the user gave, or the dummy inputs that a transformers model brings.
-
-    The dummy inputs are tried long first: on fake tensors length costs nothing, and only beyond its window does a sliding
-    window show.
-    """
-    if isinstance(given, Mapping):
-        return [((), dict(given))]
-    if isinstance(given, (tuple, list)):
-        return [(tuple(given), {})]
-    if isinstance(given, torch.Tensor):
-        return [((given,), {})]
-    if given is not None:
-        raise ExampleInputsError(
-            f"example_inputs is a {type(given).__name__}; give a dict of keyword arguments, a tuple, or one tensor"
-        )
-    dummy = getattr(model, "dummy_inputs", None)
-    if not isinstance(dummy, Mapping):
-        return []
-    inputs = dict(dummy)
-    ids = inputs.get("input_ids")
-    if not isinstance(ids, torch.Tensor) or "attention_mask" not in inspect.signature(model.forward).parameters:
-        return [((), inputs)]
-    # With a mask the model builds its real masks instead of taking the is_causal short cut.
-    short = {**inputs, "attention_mask": torch.ones_like(ids)}
-    long_ids = ids[:, :1].expand(-1, _LONG_DUMMY).contiguous()
-    if set(inputs) != {"input_ids"}:
-        return [((), short)]
-    return [((), {"input_ids": long_ids, "attention_mask": torch.ones_like(long_ids)}), ((), short)]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
-from msa_compile._compat import lookup_backend
+from msa_compile._compat import lookup_backend, restore_paths
 from msa_compile.config import MSAConfig
 from msa_compile.errors import CaptureError, ConfigError, MSAError, SiteRefusedError, UnknownOptionError
 from msa_compile.passes.pipeline import run_passes
 from msa_compile.records import GraphRecord, Reason, Site
+from msa_compile.runtime import marker_nodes
 
 log = logging.getLogger(__name__)
 
@@ -29,23 +32,43 @@ class MSABackend:
         config: What the user asks for.
         inner: ``"inductor"``, or ``"aot_eager"`` and ``"eager"`` for debugging.
         mode: Mode of the inner compiler, ``torch.compile``'s own names; Inductor only.
+        model: The model whose graphs these are, so that a graph that starts inside it gets the right module paths.
+        windows: Sliding windows known of its sites.
+        expected: Names of the sites that were found sparse; one that is dense in some graph is said and counted.
     """
 
-    def __init__(self, config: MSAConfig, inner: str = "inductor", mode: str | None = None) -> None:
+    def __init__(
+        self,
+        config: MSAConfig,
+        inner: str = "inductor",
+        mode: str | None = None,
+        *,
+        model: nn.Module | None = None,
+        windows: dict[str, int] | None = None,
+        expected: Collection[str] = (),
+    ) -> None:
         self.config = config
         self.inner = check_inner(inner)
         self.mode = mode
+        self.model = model
+        self.windows = {} if windows is None else windows
+        self.expected = expected
         self.records: list[GraphRecord] = []
-        self.windows: dict[str, int] = {}
+        self.dense_calls: Counter[str] = Counter()
+        self._said: set[str] = set()
         if mode not in (None, "default") and inner != "inductor":
             raise UnknownOptionError(f"mode={mode!r} is a mode of Inductor; the inner compiler is {inner!r}. Drop one.")
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Rewrite one graph of Dynamo's and compile it."""
         try:
+            if self.model is not None:
+                restore_paths(gm, self.model)
             result = run_passes(gm, self.config, self.windows)
             check_strict(result.record.sites, self.config)
             self.records.append(result.record)
-            return self._compile(result.module, example_inputs)
+            compiled = self._compile(result.module, example_inputs)
+            return self._counting(compiled, self._turned_dense(gm, result.record))
         except MSAError:
             raise
         except Exception as error:
@@ -64,6 +87,35 @@ class MSABackend:
         options = {} if self.mode in (None, "default") else torch._inductor.list_mode_options(self.mode)
         compiled = torch._inductor.compile(gm, list(example_inputs), options=options)
         return compiled
+
+    def _turned_dense(self, gm: GraphModule, record: GraphRecord) -> list[str]:
+        """Sites that were found sparse in another graph and are dense in this one, which has erased their markers."""
+        marked = {str(node.args[1]) for node in marker_nodes(gm)}
+        turned = [
+            s
+            for s in record.sites
+            if s.decision == "dense" and s.name in self.expected and s.name.split(":")[0] in marked
+        ]
+        for row in turned:
+            if row.name not in self._said:
+                self._said.add(row.name)
+                log.warning(
+                    "%s stays DENSE in a graph of this call, although it is sparse in another: %s: %s",
+                    row.name or "<root>",
+                    row.reason.value if row.reason else "",
+                    row.detail,
+                )
+        return [row.name for row in turned]
+
+    def _counting(self, compiled: Callable[..., Any], turned: list[str]) -> Callable[..., Any]:
+        if not turned:
+            return compiled
+
+        def count_and_run(*args: Any) -> Any:
+            self.dense_calls.update(turned)
+            return compiled(*args)
+
+        return count_and_run
 
 
 def check_inner(inner: str) -> str:

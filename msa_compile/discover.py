@@ -1,66 +1,209 @@
-"""Find a model's attention sites without running it: a fake copy goes through Dynamo, and only the report comes back."""
+"""Find a model's attention sites without running it: a fake copy goes through Dynamo, and only records come back."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from msa_compile._compat import BackendCompilerFailed, FakeCopyMode, FakeTensorMode, ShapeEnv, compile_isolated
+from msa_compile._compat import (
+    BackendCompilerFailed,
+    FakeCopyMode,
+    FakeTensorMode,
+    ShapeEnv,
+    compile_isolated,
+    restore_paths,
+)
 from msa_compile.config import MSAConfig
-from msa_compile.errors import CaptureError, MSAError
+from msa_compile.errors import CaptureError, ExampleInputsError, MSAError, NothingToSparsifyError
 from msa_compile.passes.pipeline import run_passes
-from msa_compile.records import GraphRecord
-from msa_compile.runtime import door_of, mark_dynamic
+from msa_compile.records import GraphRecord, Site
+from msa_compile.runtime import (
+    door_of,
+    fresh_trampoline,
+    install_markers,
+    mark_dynamic,
+    marker_nodes,
+    remove_markers,
+    tag_frames,
+)
 
 log = logging.getLogger(__name__)
 
+_LONG_DUMMY = 8209  # beyond every common sliding window; prime, so that no other size of a model equals it
 
-def discover(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], config: MSAConfig, windows: dict[str, int]
-) -> list[GraphRecord]:
-    """What detection finds when ``model(*args, **kwargs)`` is captured, one record a graph.
 
-    Neither the model nor the arguments are touched: both are copied onto fake tensors, which have shapes but no data, so
-    a call costs no memory and no arithmetic, and a cache in the arguments stays as it was.
+@dataclass(frozen=True)
+class CallInputs:
+    """The arguments of one call of a model."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What is known of a model's sites.
+
+    Attributes:
+        records: One for each captured graph.
+        windows: Sliding windows of sites, by name.
+        carriers: For each owner of a sparse site, the module that carries its marker.
+    """
+
+    records: tuple[GraphRecord, ...] = ()
+    windows: Mapping[str, int] = field(default_factory=dict)
+    carriers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> list[Site]:
+        """The rows of all graphs."""
+        return [site for record in self.records for site in record.sites]
+
+
+def discover(model: nn.Module, inputs: CallInputs, config: MSAConfig, windows: Mapping[str, int]) -> Discovery:
+    """What detection finds when ``model`` is called with ``inputs``.
+
+    Neither the model nor the arguments are touched: both are copied onto fake tensors, which have shapes but no data,
+    so a call costs no memory and no arithmetic, and a cache in the arguments stays as it was.
 
     Raises:
+        ExampleInputsError: If ``model.forward`` does not take these arguments.
         CaptureError: If the model cannot be copied or captured on fake tensors.
     """
+    _check_signature(model, inputs)
     records: list[GraphRecord] = []
-
-    def record(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        records.append(run_passes(gm, config, windows, rewrite=False).record)
-        return gm.forward  # type: ignore[no-any-return]
-
+    carriers: dict[str, str] = {}
+    found_windows = dict(windows)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     try:
         with FakeCopyMode(fake_mode):
-            fake_model, fake_args, fake_kwargs = copy.deepcopy((model, tuple(args), dict(kwargs)))
-        mark_dynamic((fake_args, fake_kwargs))
+            fake_model, args, kwargs = copy.deepcopy((model, tuple(inputs.args), dict(inputs.kwargs)))
+
+        def record(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            restore_paths(gm, fake_model)
+            marked = [str(node.args[1]) for node in marker_nodes(gm)]
+            found = run_passes(gm, config, found_windows, rewrite=False).record
+            records.append(found)
+            for owner in sparse_owners(found.sites):
+                carriers.setdefault(owner, _carrier(owner, marked, taken=carriers.values()))
+            return gm.forward  # type: ignore[no-any-return]
+
+        mark_dynamic((args, kwargs))
         with fake_mode, torch.random.fork_rng(devices=[]):
-            compile_isolated(_call_dense, record)(fake_model, *fake_args, **fake_kwargs)
+            _mark_every_module(fake_model)
+            door = door_of(fake_model)
+            # A forward that hangs on the instance belongs to the copy as well.
+            original = fake_model.__dict__.get("forward") if door is None else door.original
+            compile_isolated(fresh_trampoline(original), record)(fake_model, *args, **kwargs)
     except BackendCompilerFailed as failure:
         if isinstance(failure.inner_exception, MSAError):
             raise failure.inner_exception from failure
         raise CaptureError(f"the model could not be captured: {failure}") from failure
     except MSAError:
         raise
-    except TypeError:
-        raise
     except Exception as error:
         raise CaptureError(
-            f"the model could not be captured on fake tensors: {type(error).__name__}: {error}"
+            f"the model could not be captured on fake tensors: {type(error).__name__}: {error}. If a call of the model "
+            "with these inputs works, sparsify it without example_inputs: the sites are then found at the first call."
         ) from error
-    return records
+    return Discovery(tuple(records), found_windows, carriers)
 
 
-def _call_dense(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    door = door_of(module)
-    forward = module.forward if door is None else door.dense_forward
-    return forward(*args, **kwargs)
+def _check_signature(model: nn.Module, inputs: CallInputs) -> None:
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*inputs.args, **inputs.kwargs)
+    except TypeError as error:
+        raise ExampleInputsError(
+            f"{type(model).__name__}.forward cannot be called with the given inputs: {error}. "
+            f"Its signature is {signature}."
+        ) from error
+
+
+def _mark_every_module(model: nn.Module) -> None:
+    """A marker on each module of a copy: it tells which call belongs to which graph."""
+    remove_markers(model)
+    tag_frames(model)
+    paths = [path for path, module in model.named_modules() if not path or module._modules or module._parameters]
+    install_markers(model, {path: path for path in paths})
+
+
+def _carrier(owner: str, marked: Sequence[str], taken: Collection[str]) -> str:
+    """The module to carry the marker of ``owner``: itself, or one inside it that the graph of the attention calls."""
+    inside = [path for path in marked if path.startswith(f"{owner}." if owner else "") and path not in taken]
+    return owner if owner in marked or not inside else inside[0]
+
+
+def discover_first(
+    model: nn.Module, candidates: Sequence[CallInputs], config: MSAConfig, windows: Mapping[str, int]
+) -> Discovery:
+    """What is found with the first inputs that the model accepts; the error of the last ones otherwise."""
+    for inputs in candidates[:-1]:
+        with contextlib.suppress(CaptureError, ExampleInputsError):
+            return discover(model, inputs, config, windows)
+    return discover(model, candidates[-1], config, windows)
+
+
+def sparse_owners(sites: Sequence[Site]) -> list[str]:
+    """Paths of the modules that own a sparse site."""
+    return list(dict.fromkeys(site.name.split(":")[0] for site in sites if site.decision == "sparse"))
+
+
+def check_any_sparse(sites: Sequence[Site]) -> None:
+    """Refuse a model in which nothing can be made sparse.
+
+    Raises:
+        NothingToSparsifyError: The message lists what was found.
+    """
+    if any(site.decision == "sparse" for site in sites):
+        return
+    if not sites:
+        raise NothingToSparsifyError(
+            "no attention was found: no scaled_dot_product_attention and no softmax between two matrix products in the "
+            "captured graph. If the model has attention, a custom kernel or a graph break hides it from capture."
+        )
+    lines = "\n".join(f"  {s.name or '<root>'}: {s.reason.value if s.reason else ''}: {s.detail}" for s in sites)
+    raise NothingToSparsifyError(f"{len(sites)} attention sites were found and none can be made sparse:\n{lines}")
+
+
+def candidate_inputs(model: nn.Module, given: Any) -> list[CallInputs]:
+    """Arguments of one call to examine: what the user gave, or the dummy inputs that a transformers model brings.
+
+    The dummy inputs are tried long first: on fake tensors length costs nothing, and only beyond its window does a
+    sliding window show.
+
+    Raises:
+        ExampleInputsError: If ``given`` is no dict, tuple or tensor.
+    """
+    if isinstance(given, Mapping):
+        return [CallInputs(kwargs=dict(given))]
+    if isinstance(given, (tuple, list)):
+        return [CallInputs(tuple(given))]
+    if isinstance(given, torch.Tensor):
+        return [CallInputs((given,))]
+    if given is not None:
+        raise ExampleInputsError(
+            f"example_inputs is a {type(given).__name__}; give a dict of keyword arguments, a tuple, or one tensor"
+        )
+    dummy = getattr(model, "dummy_inputs", None)
+    if not isinstance(dummy, Mapping):
+        return []
+    inputs = dict(dummy)
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or "attention_mask" not in inspect.signature(model.forward).parameters:
+        return [CallInputs(kwargs=inputs)]
+    # With a mask the model builds its real masks instead of taking the is_causal short cut.
+    short = CallInputs(kwargs={**inputs, "attention_mask": torch.ones_like(ids)})
+    if set(inputs) != {"input_ids"}:
+        return [short]
+    long_ids = ids[:, :1].expand(-1, _LONG_DUMMY).contiguous()
+    return [CallInputs(kwargs={"input_ids": long_ids, "attention_mask": torch.ones_like(long_ids)}), short]

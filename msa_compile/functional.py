@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -70,12 +72,13 @@ def attention(
     length, keys = query.shape[-2], key.shape[-2]
     if is_causal and length != keys and query_start is None:
         raise KernelArgumentError(
-            f"is_causal with {length} queries and {keys} keys is ambiguous: pass query_start, the key slot of the first "
-            f"query ({keys - length} when the queries are the last tokens of a cache, 0 for SDPA's top-left mask)"
+            f"is_causal with {length} queries and {keys} keys is ambiguous: pass query_start, the key slot of the "
+            f"first query ({keys - length} when the queries are the last tokens of a cache, 0 for SDPA's top-left mask)"
         )
     if not is_causal and attn_mask is None and query_start is None and length != 1:
         raise KernelArgumentError(
-            "neither is_causal nor attn_mask: every query would see every key, which MSA does not do; pass is_causal=True"
+            "neither is_causal nor attn_mask: every query would see every key, which MSA does not do; "
+            "pass is_causal=True"
         )
     mask = attn_mask
     if mask is not None:
@@ -89,7 +92,7 @@ def attention(
     if index_query is None:
         detached = query.detach()
         index_query = detached if query.shape[1] == groups else detached.unflatten(1, (groups, -1)).mean(2)
-    where = {
+    where: dict[str, Any] = {
         "query_start": query_start,
         "key_start": key_start,
         "key_end": key_end,

@@ -1,8 +1,8 @@
 """The door of a sparsified model and the markers that tell when a call went around it.
 
 The door stands where ``forward`` was: it compiles lazily, in a cache of its own, and is opaque to anybody else's
-``torch.compile``. Each module that owns an attention site has a marker, a forward pre-hook that calls ``msa::site``. The
-``"msa"`` backend erases it; where it executes, that call was dense, and it says so.
+``torch.compile``. Each attention site that was made sparse has a marker, a forward pre-hook that calls ``msa::site``.
+The ``"msa"`` backend erases it; where it executes, that call was dense, and it says so.
 """
 
 from __future__ import annotations
@@ -10,20 +10,29 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import threading
 import types
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from msa_compile._compat import BackendCompilerFailed, compile_isolated
+from msa_compile._compat import BackendCompilerFailed, compile_isolated, graphs_in
 from msa_compile.errors import DataParallelError, ExportNotSparseError, MSAError
 
 log = logging.getLogger(__name__)
 
 TOKEN = "_msa_dense_calls"
+_REPLICATE = "_replicate_for_data_parallel"
+_OPAQUE = (
+    "the forward of a model sparsified by msa_compile compiles itself and is not traced by another compiler: drop "
+    "fullgraph=True and strict export around it, or use `with msa_compile.dense(model):`"
+)
 
 Backend = Callable[..., Any]
 
@@ -40,9 +49,9 @@ def site(token: Tensor, name: str) -> None:
     if token.item() == 1:
         log.warning(
             "%s ran DENSE although the model is sparsified: this call did not go through the model's own forward "
-            "(an inner module was called, a graph break cut the attention, or the model was copied without its door). "
+            "(an inner module was called, a graph break cut the attention, or compilation was switched off). "
             "Call the sparsified model itself, or use `with msa_compile.dense(model):` if dense was meant.",
-            name,
+            name or "<root>",
         )
 
 
@@ -52,19 +61,37 @@ def _(token: Tensor, name: str) -> None:
 
 
 class SiteMarker:
-    """Forward pre-hook that reports a dense call of its module. Picklable, and copied with its module."""
+    """Forward pre-hook that reports a dense call of a site. Picklable, and copied with its module."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def __call__(self, module: nn.Module, args: Any) -> None:
+        """Count."""
         torch.ops.msa.site(module._buffers[TOKEN], self.name)
+
+
+class FrameTag:
+    """Forward pre-hook that does nothing but differ, so that Dynamo keeps the graphs of equal modules apart.
+
+    Where a graph break parts a model, Dynamo compiles the frames of equal inner modules once, for all of them; a site
+    would have no name then, and ``include`` and ``exclude`` no meaning.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """Read the path, and so guard on it."""
+        if self.path == "":
+            raise AssertionError("the root of a model is not tagged")
 
 
 class RefuseReplication:
     """Stands for ``_replicate_for_data_parallel``: a replica would run the original's weights through its door."""
 
     def __call__(self) -> nn.Module:
+        """Refuse."""
         raise DataParallelError(
             "nn.DataParallel copies the module but not its compiled door, so every replica would use the first one's "
             "weights. Use DistributedDataParallel, or unsparsify the model first."
@@ -80,36 +107,43 @@ class Door:
     Args:
         module: The model.
         original: ``module.__dict__["forward"]`` as it was, or ``None`` when the class's forward was in use.
-        backend: Makes the compile backend, called with ``state``.
-        state: What the backend and the report need; copied and pickled with the door.
     """
 
-    def __init__(
-        self, module: nn.Module, original: Callable[..., Any] | None, backend: Callable[[Any], Backend], state: Any
-    ) -> None:
+    def __init__(self, module: nn.Module, original: Callable[..., Any] | None) -> None:
         self.module = module
         self.original = original
-        self.make_backend = backend
-        self.state = state
+        self._start_cold()
+
+    def _start_cold(self) -> None:
         self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._lock = threading.RLock()
         self.backend: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "module": self.module,
-            "original": self.original,
-            "make_backend": self.make_backend,
-            "state": self.state,
-        }
+        return {key: value for key, value in vars(self).items() if key not in ("_compiled", "_lock", "backend")}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__dict__.update(saved)
-        self._compiled = {}
-        self.backend = None
+        self._start_cold()
+
+    def new_backend(self) -> Backend:
+        """The compile backend of this door; asked for once."""
+        raise NotImplementedError
+
+    def before_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Runs before each call."""
+
+    def after_call(self) -> None:
+        """Runs after each call that returned."""
 
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.dense_forward)
+
+    @property
+    def __code__(self) -> types.CodeType:
+        # torch.export reads where a forward is written before it calls it, and must get as far as our error.
+        return type(self).__call__.__code__
 
     @property
     def dense_forward(self) -> Callable[..., Any]:
@@ -118,85 +152,110 @@ class Door:
             return self.original
         return types.MethodType(type(self.module).forward, self.module)
 
-    @torch.compiler.disable(recursive=False)
+    # Recursive: an outer compiler would otherwise trace the helpers below, one frame each.
+    @torch.compiler.disable(reason=_OPAQUE)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model through its own compiled forward."""
         if torch.compiler.is_exporting():
             raise ExportNotSparseError(
-                "torch.export of a sparsified model would record the dense model. To export the dense model on purpose, "
-                "export inside `with msa_compile.dense(model):`."
+                "torch.export of a sparsified model would record the dense model. To export the dense model on "
+                "purpose, export inside `with msa_compile.dense(model):`."
             )
-        compiled = self._compiled_for(args, kwargs)
+        self.before_call(args, kwargs)
+        compiled = self._compiled_for(kwargs)
         mark_dynamic((args, kwargs))
         try:
-            return compiled(self.module, *args, **kwargs)
+            out = compiled(self.module, *args, **kwargs)
         except BackendCompilerFailed as failure:
             if isinstance(failure.inner_exception, MSAError):
                 raise failure.inner_exception from failure
             raise
+        self.after_call()
+        return out
 
-    def _compiled_for(self, args: Any, kwargs: Any) -> Callable[..., Any]:
+    def _compiled_for(self, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
         """One compiled function for each kind of call, so that the kinds do not use up each other's recompile limit."""
         kind = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), self.module.training, *sorted(kwargs))
-        if kind not in self._compiled:
-            if self.backend is None:
-                self.backend = self.make_backend(self.state)
-            self._compiled[kind] = compile_isolated(_fresh_trampoline(self.original), self.backend)
-        return self._compiled[kind]
+        with self._lock:
+            if kind not in self._compiled:
+                if self.backend is None:
+                    self.backend = self.new_backend()
+                self._compiled[kind] = compile_isolated(fresh_trampoline(self.original), self.backend)
+            return self._compiled[kind]
 
 
-def _fresh_trampoline(original: Callable[..., Any] | None) -> Callable[..., Any]:
+def fresh_trampoline(original: Callable[..., Any] | None) -> Callable[..., Any]:
     """A function with a code object of its own: Dynamo keeps its cache and its recompile limit on the code object."""
     if original is None:
 
         def trampoline(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            # The root's own marker: a hook on the root would run before the door does.
+            if TOKEN in module._buffers:
+                torch.ops.msa.site(module._buffers[TOKEN], "")
             return type(module).forward(module, *args, **kwargs)
     else:
 
         def trampoline(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if TOKEN in module._buffers:
+                torch.ops.msa.site(module._buffers[TOKEN], "")
             return original(*args, **kwargs)
 
-    return types.FunctionType(
-        trampoline.__code__.replace(co_name="msa_forward"),
-        globals(),
-        "msa_forward",
-        trampoline.__defaults__,
-        trampoline.__closure__,
-    )
+    code = trampoline.__code__.replace(co_name="msa_forward")
+    return types.FunctionType(code, globals(), "msa_forward", trampoline.__defaults__, trampoline.__closure__)
 
 
 def mark_dynamic(value: Any) -> None:
     """Hint to Dynamo that batch and sequence of every tensor in ``value`` vary; a weak hint, never an error.
 
-    Token tensors are ``[B, T]``, hidden states ``[B, T, C]``, masks ``[B, 1, Tq, Tk]`` and cache entries ``[B, H, T, D]``.
-    Without it the first two lengths would each cost a compilation.
+    Token tensors are ``[B, T]``, hidden states ``[B, T, C]``, masks ``[B, 1, Tq, Tk]``, cache entries
+    ``[B, H, T, D]``. Without it the first two lengths would each cost a compilation.
     """
-    for tensor in _tensors(value, depth=5):
+    for tensor in _tensors(value, depth=5, seen=set()):
         dims = {2: (0, 1), 3: (0, 1), 4: (0, 2, 3) if not tensor.dtype.is_floating_point else (0, 2)}.get(tensor.dim())
         for dim in dims or ():
             if tensor.shape[dim] > 1:
                 torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
-def _tensors(value: Any, depth: int) -> Iterator[Tensor]:
+def _tensors(value: Any, depth: int, seen: set[int]) -> Iterator[Tensor]:
     """Tensors in arguments, also inside cache objects, which are no pytrees."""
     for leaf in pytree.tree_leaves(value):
+        if id(leaf) in seen:
+            continue
         if isinstance(leaf, Tensor):
             if not isinstance(leaf, nn.Parameter):
                 yield leaf
         elif depth and hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, type)) and not callable(leaf):
-            yield from _tensors(list(vars(leaf).values()), depth - 1)
+            seen.add(id(leaf))
+            yield from _tensors(list(vars(leaf).values()), depth - 1, seen)
 
 
-def install_markers(model: nn.Module, names: Iterable[str]) -> None:
-    """Put a marker on each named module that has none.
+def install_markers(model: nn.Module, carriers: Mapping[str, str]) -> None:
+    """Put a marker on each carrier that has none.
 
-    The root needs none: its forward is the door, and a hook on it would run before the door does.
+    Args:
+        model: The model.
+        carriers: For each site, by the path of its owner, the module whose call belongs to the same captured graph: the
+            owner itself, or a module in it where a graph break parts the owner's call from its attention.
     """
-    for name in names:
-        module = model.get_submodule(name)
-        if name and TOKEN not in module._buffers:
-            module.register_buffer(TOKEN, torch.zeros(1, dtype=torch.int64), persistent=False)
-            module.register_forward_pre_hook(SiteMarker(name))
+    for owner, carrier in carriers.items():
+        try:
+            module = model.get_submodule(carrier)
+        except AttributeError:
+            log.warning("%s is no registered module of the model: calls around its forward cannot be noticed", carrier)
+            continue
+        if TOKEN in module._buffers:
+            continue
+        module.register_buffer(TOKEN, torch.zeros(1, dtype=torch.int64, device="cpu"), persistent=False)
+        if module is not model:
+            module.register_forward_pre_hook(SiteMarker(owner))
+
+
+def tag_frames(model: nn.Module) -> None:
+    """Put a :class:`FrameTag` on every module that has parameters or modules, but the root."""
+    for path, module in model.named_modules():
+        if path and (module._modules or module._parameters):
+            module.register_forward_pre_hook(FrameTag(path))
 
 
 def marker_tokens(model: nn.Module) -> dict[str, Tensor]:
@@ -204,35 +263,111 @@ def marker_tokens(model: nn.Module) -> dict[str, Tensor]:
     return {name: module._buffers[TOKEN] for name, module in model.named_modules() if TOKEN in module._buffers}  # type: ignore[misc]
 
 
-def remove_markers(model: nn.Module) -> None:
-    """Take every marker and counter away, and leave no trace."""
+def remove_markers(model: nn.Module) -> list[_Removed]:
+    """Take every marker and counter away, and leave no trace; returns what was there."""
+    removed = []
     for module in model.modules():
-        if TOKEN not in module._buffers:
-            continue
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, SiteMarker):
-                del module._forward_pre_hooks[key]
-        del module._buffers[TOKEN]
+        hooks = {
+            key: hook for key, hook in module._forward_pre_hooks.items() if isinstance(hook, (SiteMarker, FrameTag))
+        }
+        for key in hooks:
+            del module._forward_pre_hooks[key]
+        token = module._buffers.pop(TOKEN, None)
         module._non_persistent_buffers_set.discard(TOKEN)
+        if hooks or token is not None:
+            removed.append(_Removed(module, token, hooks))
+    return removed
+
+
+@dataclass(frozen=True)
+class _Removed:
+    """What a module carried."""
+
+    module: nn.Module
+    token: Tensor | None
+    hooks: Mapping[int, Callable[..., None]]
+
+    def put_back(self) -> None:
+        if self.token is not None:
+            self.module.register_buffer(TOKEN, self.token, persistent=False)
+        self.module._forward_pre_hooks.update(self.hooks)
+
+
+@dataclass
+class _Pause:
+    """A door that is out of its frame, and how many ``with dense(model)`` blocks hold it there."""
+
+    door: Door
+    removed: list[_Removed]
+    blocks: int = 1
+
+
+_paused: weakref.WeakKeyDictionary[nn.Module, _Pause] = weakref.WeakKeyDictionary()
+_pausing = threading.Lock()
+
+
+def hang_door(door: Door) -> None:
+    """Put a door where its model's ``forward`` was."""
+    door.module.__dict__[_REPLICATE] = RefuseReplication()
+    door.module.__dict__["forward"] = door
+
+
+def take_door(door: Door) -> None:
+    """Put the ``forward`` that the model had back, and take all markers away: no trace remains."""
+    with _pausing:
+        _paused.pop(door.module, None)
+    _unhang(door)
+    remove_markers(door.module)
+
+
+def _unhang(door: Door) -> None:
+    door.module.__dict__.pop(_REPLICATE, None)
+    door.module.__dict__.pop("forward", None)
+    if door.original is not None:
+        door.module.__dict__["forward"] = door.original
 
 
 @contextlib.contextmanager
-def muted_markers(model: nn.Module) -> Iterator[None]:
-    """Take the marker hooks away for the duration, and put each back where it was."""
-    hooked = [(module, dict(module._forward_pre_hooks)) for module in model.modules() if TOKEN in module._buffers]
-    for module, hooks in hooked:
-        for key, hook in hooks.items():
-            if isinstance(hook, SiteMarker):
-                del module._forward_pre_hooks[key]
+def paused(door: Door) -> Iterator[None]:
+    """The model without its door and markers for the duration; blocks may nest, also across threads."""
+    model = door.module
+    with _pausing:
+        pause = _paused.get(model)
+        if pause is None:
+            _unhang(door)
+            _paused[model] = _Pause(door, remove_markers(model))
+        else:
+            pause.blocks += 1
     try:
         yield
     finally:
-        for module, hooks in hooked:
-            for key, hook in hooks.items():
-                module._forward_pre_hooks[key] = hook
+        with _pausing:
+            pause = _paused.get(model)
+            # None when the model was unsparsified inside the block.
+            if pause is not None:
+                pause.blocks -= 1
+                if pause.blocks == 0:
+                    del _paused[model]
+                    hang_door(door)
+                    for marker in pause.removed:
+                        marker.put_back()
 
 
 def door_of(model: nn.Module) -> Door | None:
-    """The door of a sparsified model, or ``None``."""
+    """The door of a sparsified model, also while it is paused, or ``None``."""
     door = model.__dict__.get("forward")
-    return door if isinstance(door, Door) else None
+    if isinstance(door, Door):
+        return door
+    pause = _paused.get(model)
+    return pause.door if pause is not None else None
+
+
+def has_traces(model: nn.Module) -> bool:
+    """Whether some part of ``model`` is sparsified, though perhaps somebody wrapped the ``forward`` since."""
+    return any(door_of(m) is not None or TOKEN in m._buffers or _REPLICATE in m.__dict__ for m in model.modules())
+
+
+def marker_nodes(gm: GraphModule) -> list[Node]:
+    """The markers in a graph; the second argument of each is the path of its site's owner."""
+    calls = (torch.ops.msa.site, torch.ops.msa.site.default)
+    return [node for body in graphs_in(gm) for node in body.graph.nodes if node.target in calls]

@@ -51,9 +51,14 @@ def canonicalize(gm: GraphModule) -> GraphModule:
             "Report this with the model's code; `msa_compile.unsparsify(model)` gives the dense model back."
         ) from error
     traced.meta.update(gm.meta)
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(gm, name):
+            setattr(traced, name, getattr(gm, name))
     for old, new in zip(placeholders, [n for n in traced.graph.nodes if n.op == "placeholder"], strict=True):
         # AOTAutograd reads sources and static-address marks from here.
         new.meta = {**old.meta, "val": new.meta.get("val", old.meta.get("example_value"))}
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
         new.target = old.target
         new._rename(old.name)
     for name in retracer.transparent_bodies:
@@ -107,6 +112,11 @@ class _Retracer(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         self._node = n
+        if getattr(n.target, "__module__", "") == "torch._functorch.predispatch":
+            raise CaptureError(
+                f"the graph holds {n.target.__name__} of torch.func (a flex_attention mask or vmap inside the model): "  # type: ignore[union-attr]
+                "re-tracing would lose it. Make the mask outside of the forward, or leave the model dense."
+            )
         if n.op == "call_function" and isinstance(n.target, _compat.HigherOrderOperator):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             return self._emit_opaque(n, args, kwargs)

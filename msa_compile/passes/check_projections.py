@@ -20,13 +20,18 @@ def check_projections(facts: GraphFacts, attention: Attention, key: Node) -> Non
     """Refuse what is not self-attention over one hidden state.
 
     Raises:
-        Refused: Cross-attention (the keys come from elsewhere) or latent attention (MLA).
+        Refused: Cross-attention (the keys come from elsewhere), latent attention (MLA), or neither queries nor keys are
+            made in this graph.
     """
     queries = _hidden_states(facts, attention.query, attention.output)
     keys = _hidden_states(facts, key, attention.output)
+    if not keys and not queries:
+        raise Refused(Reason.NOT_CAPTURED, "queries and keys are made in another graph, a graph break lies between")
     if not keys:
         raise Refused(Reason.CROSS_ATTENTION, f"no projection of this call's tokens feeds {key}")
-    if not queries or queries == keys:
+    if not queries:
+        raise Refused(Reason.CROSS_ATTENTION, f"no projection of this call's tokens feeds {attention.query}")
+    if queries == keys:
         return
     # One latent projection further back both may meet: that is MLA. Otherwise the keys are somebody else's.
     behind_queries = queries.union(*(_hidden_states(facts, node, attention.output) for node in queries))

@@ -39,7 +39,7 @@ class SizeSpace:
         if self._env is None:
             return []
         bounds = (self._env.var_to_range.get(symbol) for symbol in symbols)
-        return [int(bound.lower) for bound in bounds if bound is not None and bound.lower.is_finite]
+        return [int(bound.lower) for bound in bounds if bound is not None and bound.is_int and bound.lower > -(2**31)]
 
     def samples(self, symbols: Iterable[sympy.Symbol], values: Iterable[int], limit: int) -> Iterator[Sizes]:
         """Up to ``limit`` allowed assignments of ``values``, distinct values for distinct symbols first."""

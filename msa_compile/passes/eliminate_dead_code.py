@@ -12,8 +12,8 @@ from msa_compile._compat import OpOverload
 def eliminate_dead_code(graph: Graph) -> int:
     """Remove pure calls without users; returns how many.
 
-    ``Graph.eliminate_dead_code`` deletes a user-less ``index_copy_`` and with it the KV cache, so purity is read from the
-    op's schema here.
+    ``Graph.eliminate_dead_code`` deletes a user-less ``index_copy_`` and with it the KV cache, so purity is read from
+    the op's schema here.
     """
     removed = 0
     for node in reversed(list(graph.nodes)):

@@ -122,3 +122,14 @@ def argument(node: Node, name: str) -> object:
         if entry.name == name:
             return node.args[index] if index < len(node.args) else entry.default_value
     raise KeyError(name)
+
+
+def is_noop(node: Node) -> bool:
+    """Whether a slice or reshape leaves the shape as it is at every size, and so, for these ops, the contents."""
+    aten = torch.ops.aten
+    if not is_op(node, aten.slice, aten.view, aten.reshape, aten._unsafe_view):
+        return False
+    before, after = tensor_value(node.args[0]), tensor_value(node)
+    if before is None or after is None or before.dim() != after.dim():
+        return False
+    return all(str(old) == str(new) for old, new in zip(before.shape, after.shape, strict=True))

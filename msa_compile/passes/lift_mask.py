@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch.fx import Node
 
-from msa_compile.passes.attention import Attention, MaskTerm, Refused
+from msa_compile.passes.attention import Attention, Heads, MaskTerm, Refused
 from msa_compile.passes.graph_facts import GraphFacts, is_op, tensor_value
 from msa_compile.passes.replay import expression, is_runnable
 from msa_compile.records import Reason
@@ -29,7 +29,7 @@ class LiftedMask:
     others: tuple[Node, ...]
 
 
-def lift_mask(facts: GraphFacts, attention: Attention) -> LiftedMask:
+def lift_mask(facts: GraphFacts, attention: Attention, query: Heads, key: Heads) -> LiftedMask:
     """Everything that makes the mask terms of ``attention``, its open inputs sorted by what they may hold."""
     inner: set[Node] = set()
     boundary: set[Node] = set()
@@ -42,13 +42,32 @@ def lift_mask(facts: GraphFacts, attention: Attention) -> LiftedMask:
         value = tensor_value(leaf)
         if value is None:
             continue  # a size: it has a value at every assignment
-        if value.dim() == 2 and leaf.op == "placeholder" and _is_read_as_truth(leaf, inner):
+        if _is_row_of_batch(leaf, query, key) and _is_read_as_truth(leaf, inner):
             paddings.append(leaf)
         elif value.numel() == 1 and not value.dtype.is_floating_point and leaf.op == "placeholder":
             offsets.append(leaf)
         else:
             others.append(leaf)
     return LiftedMask(inner | runnable, tuple(paddings), tuple(offsets), tuple(others))
+
+
+def _is_row_of_batch(leaf: Node, query: Heads, key: Heads) -> bool:
+    """Whether ``leaf`` is an input ``[B, T]``: a triangle ``[T, T]`` handed in or kept by the model is no padding."""
+    value = tensor_value(leaf)
+    if value is None or value.dim() != 2 or leaf.op != "placeholder" or _is_owned(leaf):
+        return False
+    rows = expression(value.shape[0])
+    # An input may have a batch symbol of its own, which nothing in the graph ties to the queries' batch.
+    own = rows.is_Symbol and rows not in expression(query.length).free_symbols | expression(key.length).free_symbols
+    return bool(own or rows == expression(query.batch))
+
+
+def _is_owned(leaf: Node) -> bool:
+    """Whether a placeholder is a parameter or buffer of the model."""
+    source = getattr(leaf, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    name = name() if callable(name) else name  # a method before torch 2.12
+    return any(mark in name for mark in ("_parameters", "_buffers"))
 
 
 def _is_read_as_truth(node: Node, inner: set[Node]) -> bool:
@@ -83,15 +102,16 @@ def check_term(term: MaskTerm, lifted: LiftedMask) -> None:
     grouped = value is not None and value.dim() == 5 and (value.shape[1], value.shape[2]) == (1, 1)
     if value is None or (value.dim() > 4 and not grouped):
         raise Refused(Reason.UNKNOWN_FORM, f"mask {term.node} has no [B, H, Tq, Tk] shape")
-    if value.dim() == 3 and expression(value.shape[0]) != 1:
-        raise Refused(Reason.MASK_PER_HEAD, f"mask {term.node} is {tuple(value.shape)}, batch and heads in one")
     for node in lifted.inner:
         if is_op(node, *_FROM_ACTIVATIONS):
             raise Refused(Reason.DATA_DEPENDENT_MASK, f"{node.target} in what makes {term.node}")
         if is_op(node, *_LOOKED_UP):
             raise Refused(Reason.ATTENTION_BIAS, f"a learned table is looked up to make {term.node}")
-    if value.dim() == 4 and expression(value.shape[1]) != 1 and not _is_head_broadcast(term.node):
-        raise Refused(Reason.MASK_PER_HEAD, f"mask {term.node} is {tuple(value.shape)}")
+    per_head = value.dim() == 4 and expression(value.shape[1]) != 1 and not _is_head_broadcast(term.node)
+    if per_head or (value.dim() == 3 and expression(value.shape[0]) != 1):
+        # What is added and differs between heads is a bias (ALiBi) far more often than a mask.
+        reason = Reason.ATTENTION_BIAS if term.kind == "additive" else Reason.MASK_PER_HEAD
+        raise Refused(reason, f"{term.node} is {tuple(value.shape)}")
     if term.kind == "additive":
         for leaf in lifted.others:
             leaf_value = cast(torch.Tensor, tensor_value(leaf))
@@ -115,9 +135,7 @@ def _is_handed_in_mask(leaf: Node, term: Node) -> bool:
     Its values are checked when they arrive (``msa::visible``).
     """
     value = tensor_value(leaf)
-    source = leaf.meta.get("_dynamo_source")
-    owned = source is not None and any(mark in source.name for mark in ("_parameters", "_buffers"))
-    if value is None or value.dim() < 3 or owned or value.requires_grad:
+    if value is None or value.dim() < 2 or _is_owned(leaf) or value.requires_grad:
         return False
     node = term
     while node is not leaf:
@@ -129,9 +147,53 @@ def _is_handed_in_mask(leaf: Node, term: Node) -> bool:
 
 def constants_of(lifted: LiftedMask) -> list[int]:
     """Integers that the mask compares or shifts with: where its behaviour may change."""
-    found: set[int] = set()
+    found: list[int] = []
     for node in lifted.inner:
         for value in (*node.args, *node.kwargs.values()):
             if isinstance(value, int) and not isinstance(value, bool) and 2 < abs(value) < 2**40:
-                found.add(abs(value))
-    return sorted(found)
+                found.append(abs(value))
+    # Offsets add up: the mask may change at the sum of all of them.
+    return sorted({*found, sum(found)}) if found else []
+
+
+_STEPS = (
+    aten.arange, aten.lt, aten.le, aten.gt, aten.ge, aten.eq, aten.ne, aten.add, aten.sub, aten.rsub, aten.neg,
+    aten.bitwise_and, aten.bitwise_or, aten.bitwise_not, aten.logical_and, aten.logical_or, aten.logical_not,
+    aten.__and__, aten.__or__, aten.where, aten.masked_fill, aten.masked_fill_, aten.full, aten.ones, aten.zeros,
+    aten.full_like, aten.ones_like, aten.zeros_like, aten.new_ones, aten.new_full, aten.new_zeros, aten.scalar_tensor,
+    aten.tril, aten.triu, aten.index, aten.cumsum, aten.diff, aten.pad, aten.cat, aten.squeeze, aten.transpose,
+    aten.permute, aten._to_copy, aten.alias, aten.detach, aten.expand_as, aten.select, *_MOVES,
+)  # fmt: skip
+
+
+def unproved_step(lifted: LiftedMask) -> str | None:
+    """What keeps runs at a few sizes from telling for every size, or ``None``.
+
+    Runs straddle sums of integers, and nothing else: a float width, a product, a quotient or a shift changes the mask
+    at sizes that no constant shows.
+    """
+    for node in lifted.inner:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            continue
+        scales = is_op(node, aten.mul, aten.mul_) and any(_is_harmless(part) for part in node.args)
+        if not scales and not is_op(node, *_STEPS):
+            return str(node.target)
+        for part in (*node.args, *node.kwargs.values()):
+            if isinstance(part, float) and not _is_harmless(part):
+                return f"the constant {part}"
+            size = part.meta.get("val") if isinstance(part, Node) else None
+            if isinstance(size, torch.SymInt) and not _is_sum(size):
+                return f"the size {size}"
+    return None
+
+
+def _is_harmless(part: object) -> bool:
+    """Whether a factor or constant only says seen, hidden or as it was."""
+    return isinstance(part, (int, float)) and (part in (0, 1) or part <= -1e4)
+
+
+def _is_sum(size: torch.SymInt) -> bool:
+    """Whether a size is a sum of sizes and integers."""
+    terms = expression(size).as_coefficients_dict()
+    return all(factor.is_Integer and (term.is_Symbol or term.is_Integer) for term, factor in terms.items())

@@ -12,14 +12,13 @@ import torch
 from torch.fx import Node
 
 from msa_compile.passes.attention import Attention, Refused
-from msa_compile.passes.graph_facts import GraphFacts, argument, is_op, tensor_value
+from msa_compile.passes.graph_facts import GraphFacts, argument, is_noop, is_op, tensor_value
 from msa_compile.passes.read_scores import (
     ELEMENTWISE,
     MOVES,
     PASS_THROUGH,
     PRODUCTS,
     ScoreReader,
-    is_noop,
     previous_product,
 )
 from msa_compile.records import Reason
@@ -46,14 +45,18 @@ def match_softmax_chain(facts: GraphFacts, softmax: Node) -> Attention | None:
         Refused: If it is attention that this file cannot read to the end.
     """
     product = _next_product(softmax)
-    if product is None or previous_product(softmax.args[0]) is None:
+    if previous_product(softmax.args[0]) is None:
+        return None
+    if product is None:
+        if softmax.meta["val"].dim() == 4 and _reaches_output(softmax):
+            raise Refused(Reason.NOT_CAPTURED, "the graph ends between the softmax and the product with the values")
         return None
     scores = softmax.args[0]
     assert isinstance(scores, Node)
     loose = not _is_plain(product, previous_product(scores))
     sinks_dropped = _check_probabilities(softmax, product, loose=loose)
     reader = ScoreReader(facts, loose=loose)
-    first = reader.read(scores)
+    first = reader.read(scores, softmax)
     if (reader.sinks is not None) != sinks_dropped:
         raise Refused(Reason.UNKNOWN_FORM, "an extra score column is added but not dropped, or the other way round")
     query, key, factor = _operands(first, reader)
@@ -116,6 +119,18 @@ def _next_product(node: Node) -> Node | None:
         if is_op(user, *ELEMENTWISE):
             pending.extend(user.users)
     return None
+
+
+def _reaches_output(node: Node) -> bool:
+    """Whether ``node`` comes elementwise to the end of the graph."""
+    pending = list(node.users)
+    while pending:
+        user = pending.pop()
+        if user.op == "output":
+            return True
+        if is_op(user, *ELEMENTWISE):
+            pending.extend(user.users)
+    return False
 
 
 def _check_probabilities(softmax: Node, product: Node, *, loose: bool) -> bool:

@@ -14,14 +14,14 @@ from torch.fx import Node
 
 from msa_compile.passes.attention import Attention, Heads, Refused
 from msa_compile.passes.choose_sizes import SizeSpace
-from msa_compile.passes.graph_facts import GraphFacts, is_op, tensor_value
-from msa_compile.passes.replay import ReplayError, Sizes, concrete, replay, symbols_of
+from msa_compile.passes.graph_facts import GraphFacts, is_noop, is_op, tensor_value
+from msa_compile.passes.replay import ReplayError, Sizes, concrete, expression, replay, symbols_of
 from msa_compile.records import Reason
 
 aten = torch.ops.aten
 _LAYOUT = (
     aten.expand, aten.reshape, aten.view, aten._unsafe_view, aten.clone, aten.contiguous, aten.unsqueeze, aten.squeeze,
-    aten.slice, aten.transpose, aten.permute, aten.repeat_interleave, aten.repeat, aten.to, aten._to_copy, aten.detach,
+    aten.transpose, aten.permute, aten.repeat_interleave, aten.repeat, aten.to, aten._to_copy, aten.detach,
     aten.alias, aten.mT, aten.flatten, aten.unflatten, aten.swapaxes,
 )  # fmt: skip
 _PERMUTATIONS = tuple((0, *rest) for rest in itertools.permutations((1, 2, 3)))
@@ -41,20 +41,48 @@ def prove_heads(facts: GraphFacts, attention: Attention, operand: Node, *, trans
     """
     query_heads = int(attention.query.meta["val"].shape[1])
     chain = layout_chain(operand)
+    _fix_head_sizes(attention, chain, length=operand.meta["val"].shape[-1 if transposed else -2])
     proved = [heads for node in chain if (heads := _prove(facts, operand, node, query_heads, attention, transposed))]
     if not proved:
         raise Refused(Reason.HEAD_LAYOUT, f"{query_heads} query heads against {operand} {_shape(operand)}")
     heads = min(proved, key=lambda item: item.count)
+    for node in chain[chain.index(heads.node) :]:
+        if _is_repeat(node):
+            raise Refused(Reason.HEAD_LAYOUT, f"{node} repeats heads in an order that is not that of groups")
     between = chain[: chain.index(heads.node)]
-    if between and facts.written_between(heads.node, between[-1], attention.output):
+    # Without a repeat the memory is first read by the product with the queries.
+    first = between[-1] if between else min(operand.users, key=facts.position.__getitem__)
+    if facts.written_between(heads.node, first, attention.output):
         raise Refused(Reason.CACHE_WRITE, f"{heads.node} is written after it was repeated")
     return heads
+
+
+def _fix_head_sizes(attention: Attention, chain: list[Node], length: object) -> None:
+    """Guard on the head counts and dimensions that Dynamo left open (``dynamic=True``); batch and length stay open."""
+    open_sizes = {expression(attention.query.meta["val"].shape[0]), expression(length)}
+    for node in (attention.query, *chain):
+        for dim, size in enumerate(node.meta["val"].shape):
+            is_query_length = node is attention.query and dim == 2
+            if isinstance(size, torch.SymInt) and expression(size) not in open_sizes and not is_query_length:
+                int(size)
+
+
+def _is_repeat(node: Node) -> bool:
+    """Whether a layout call makes more of what it is given, but for more rows of the batch."""
+    if not is_op(node, aten.expand, aten.repeat, aten.repeat_interleave):
+        return False
+    before, after = tensor_value(node.args[0]), tensor_value(node)
+    if before is None or after is None:
+        return True
+    old, new = ([expression(size) for size in value.shape] for value in (before, after))
+    return len(old) != len(new) or old[1:] != new[1:]
 
 
 def layout_chain(operand: Node) -> list[Node]:
     """``operand`` and what it is a re-arrangement of, nearest first."""
     chain = [operand]
-    while is_op(chain[-1], *_LAYOUT) and isinstance(chain[-1].args[0], Node):
+    # A slice that cuts at some length only would be proved at the small sizes of a run, and cut at others.
+    while (is_op(chain[-1], *_LAYOUT) or is_noop(chain[-1])) and isinstance(chain[-1].args[0], Node):
         chain.append(chain[-1].args[0])
     return [node for node in chain if tensor_value(node) is not None]
 
@@ -108,7 +136,9 @@ def small_sizes(nodes: set[Node]) -> Sizes | None:
     values = [node.meta.get("val") for node in nodes]
     parts = [part for value in values if isinstance(value, torch.Tensor) for part in value.shape] + values
     space = SizeSpace(part for part in parts if isinstance(part, torch.SymInt))
-    return next(space.samples(symbols_of(nodes), (3, 5, 7, 11, 2, 16, 64, 256), limit=1), None)
+    symbols = symbols_of(nodes)
+    least = [bound + extra for bound in space.lower_bounds(symbols) for extra in (0, 1, 2)]
+    return next(space.samples(symbols, dict.fromkeys((3, 5, 7, 11, 2, 16, 64, 256, *least)), limit=1), None)
 
 
 def _spelling(attention: Attention, operand: Node, node: Node, count: int, query_heads: int) -> str:

@@ -17,14 +17,14 @@ from torch.fx import Node
 from msa_compile.passes.attention import Attention, Heads, MaskProof, MaskTerm, Refused
 from msa_compile.passes.choose_sizes import SizeSpace, shape_symbols
 from msa_compile.passes.graph_facts import GraphFacts, tensor_value
-from msa_compile.passes.lift_mask import LiftedMask, check_term, constants_of, lift_mask
+from msa_compile.passes.lift_mask import LiftedMask, check_term, constants_of, lift_mask, unproved_step
 from msa_compile.passes.read_scores import HIDDEN
 from msa_compile.passes.replay import ReplayError, Sizes, concrete, expression, replay, symbols_of
 from msa_compile.records import Reason
 
 aten = torch.ops.aten
 _SIZES = (2, 3, 5, 8, 17, 33)
-_LARGEST_CONSTANT = 4096  # a window wider than this is not straddled by a proof; its mask is passed as it is
+_LARGEST_CONSTANT = 4500  # a window wider than this is not straddled by a proof; its mask is passed as it is
 _LARGEST_RUN = 2**26  # elements of one concrete mask
 
 
@@ -43,7 +43,7 @@ def prove_mask(facts: GraphFacts, attention: Attention, query: Heads, key: Heads
     query_length, key_length = query.length, key.length
     if not attention.mask:
         return _without_mask(attention, query_length, key_length)
-    lifted = lift_mask(facts, attention)
+    lifted = lift_mask(facts, attention, query, key)
     for term in attention.mask:
         check_term(term, lifted)
     if expression(query_length) != 1 and all(_has_one_row(term) for term in attention.mask):
@@ -82,7 +82,12 @@ def _classify(facts: GraphFacts, attention: Attention, lifted: LiftedMask, query
     lengths_of = expression(query_length).free_symbols | expression(key_length).free_symbols
     batches = [query.batch, *(node.meta["val"].shape[0] for node in lifted.paddings)]
     batch_symbols = set().union(*(expression(size).free_symbols for size in batches)) - lengths_of
-    straddle = [value + extra for value in constants if value <= _LARGEST_CONSTANT for extra in (1, 3)]
+    straddle = [
+        value + extra
+        for value in constants
+        if value <= _LARGEST_CONSTANT
+        for extra in ((1, 3) if value < 512 else (1,))
+    ]
     straddle += [bound + extra for bound in space.lower_bounds(symbols - batch_symbols) for extra in (0, 1, 4)]
     runs: list[_Run] = []
     budget = _LARGEST_RUN * 4
@@ -101,7 +106,7 @@ def _classify(facts: GraphFacts, attention: Attention, lifted: LiftedMask, query
     if not runs:
         raise failure
     bound = key_length if isinstance(key_length, int) else space.upper_bound(key_length)
-    return _compare(runs, lifted, constants, bound)
+    return _compare(runs, lifted, constants, bound, attention.mask)
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,9 @@ def _visible(mask: torch.Tensor, term: MaskTerm, tq: int, tk: int) -> torch.Tens
     return seen[:, 0].expand(-1, tq, tk)
 
 
-def _compare(runs: list[_Run], lifted: LiftedMask, constants: list[int], bound: int | None) -> MaskProof:
+def _compare(
+    runs: list[_Run], lifted: LiftedMask, constants: list[int], bound: int | None, terms: tuple[MaskTerm, ...]
+) -> MaskProof:
     """What all runs agree on; ``bound`` is the longest ``Tk`` that the graph's own guards allow."""
     plain = [run for run in runs if not run.padded]
     if any((run.visible & ~run.causal()).any() for run in plain) and not lifted.offsets:
@@ -179,6 +186,13 @@ def _compare(runs: list[_Run], lifted: LiftedMask, constants: list[int], bound: 
     largest = max(run.visible.shape[-1] for run in runs)
     # A mask may still change at a constant beyond every size that was run, unless the graph never gets there.
     covered = all(constant < largest or (bound is not None and constant >= bound) for constant in constants)
+    step = unproved_step(lifted)
+    if step is not None and bound is not None and all(run.visible.shape[-1] == bound for run in runs):
+        step = None  # the graph has one size, and it was run
+    if step is not None and any(term.kind == "additive" for term in terms):
+        raise Refused(Reason.ATTENTION_BIAS, f"what is added at sizes that were not run is not proved ({step})")
+    if step is not None:
+        return MaskProof("given", detail=f"mask applied as it is ({step})")
     window = _window(plain)
     if window is not None:
         return MaskProof("window", window=window, detail=f"each query sees the last {window} keys")

@@ -1,7 +1,7 @@
 """Prove attention whose products have any rank or spelling (``bmm``, ``einsum``, broadcast ``matmul``) by running it.
 
-The shapes suggest what is query, key and value; then the whole piece from them to the result runs on random numbers, and
-must equal attention with the scale, cap, sinks and masks that were read from the chain. Nothing is believed of the
+The shapes suggest what is query, key and value; then the whole piece from them to the result runs on random numbers,
+and must equal attention with the scale, cap, sinks and masks that were read from the chain. Nothing is believed of the
 spelling.
 """
 

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from msa_compile.passes.attention import MaskTerm, Refused
-from msa_compile.passes.graph_facts import GraphFacts, argument, is_op, tensor_value
+from msa_compile.passes.graph_facts import GraphFacts, argument, is_noop, is_op, tensor_value
 from msa_compile.passes.replay import ReplayError, is_runnable, replay
 from msa_compile.records import Reason
 
@@ -19,7 +19,7 @@ RESHAPE = (aten.view, aten.reshape, aten._unsafe_view)
 ELEMENTWISE = (
     *PASS_THROUGH, *RESHAPE, aten.add, aten.sub, aten.mul, aten.div, aten.tanh, aten.masked_fill, aten.where, aten.cat,
     aten.slice, aten.dropout, aten.add_, aten.mul_, aten.div_, aten.masked_fill_, aten.clamp, aten.permute,
-    aten.transpose, aten.unsqueeze, aten.squeeze,
+    aten.transpose, aten.unsqueeze, aten.squeeze, aten.pow, aten.abs, aten.relu, aten.exp, aten.neg, aten.sigmoid,
 )  # fmt: skip
 MOVES = (*RESHAPE, aten.permute, aten.transpose, aten.unsqueeze, aten.squeeze, aten.expand)
 HIDDEN = -1e4  # a score at or below this is masked: eager masks use finfo.min, -inf, -1e9 or -1e4
@@ -47,10 +47,15 @@ class ScoreReader:
         """Factor on ``q . k``: with a cap, ``cap * tanh(inner * q . k)`` has the scale ``inner * cap``."""
         return self.factor if self.softcap is None else self.factor * self.softcap
 
-    def read(self, node: object) -> Node:
-        """The product ``q @ k.T``; fills scale, softcap, sinks and mask on the way."""
+    def read(self, node: object, before: Node) -> Node:
+        """The product ``q @ k.T`` behind what ``before`` reads; fills scale, softcap, sinks and mask on the way."""
+        chain: set[Node] = set()
         while True:
             assert isinstance(node, Node)
+            chain.add(node)
+            # A write through a slice lies beside the way, and changes what is read.
+            if not chain.issuperset(self.facts.writes(node, before)):
+                raise Refused(Reason.UNKNOWN_FORM, f"{node} is written in place before the softmax")
             if is_op(node, *PRODUCTS) if self.loose else is_op(node, aten.matmul):
                 return node
             step = self._step(node)
@@ -184,11 +189,3 @@ def previous_product(node: object) -> Node | None:
         if is_op(current, *ELEMENTWISE):
             pending.extend(current.all_input_nodes)
     return None
-
-
-def is_noop(node: Node) -> bool:
-    """Whether a slice or reshape leaves the shape as it is (and so, for these ops, the contents)."""
-    if not is_op(node, aten.slice, *RESHAPE):
-        return False
-    before, after = tensor_value(node.args[0]), tensor_value(node)
-    return before is not None and after is not None and tuple(before.shape) == tuple(after.shape)

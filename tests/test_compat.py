@@ -1,0 +1,172 @@
+"""Canaries: each private name of torch in ``_compat`` still does what the package relies on."""
+
+import copy
+import operator
+
+import pytest
+import torch
+from torch import nn
+
+from msa_compile import _compat
+
+
+def capture(function, *args):
+    graphs = []
+
+    def backend(gm, example_inputs):
+        graphs.append((gm, _compat.TracingContext.try_get()))
+        return gm.forward
+
+    _compat.compile_isolated(function, backend)(*args)
+    return graphs
+
+
+def test_fake_copy_mode_copies_onto_fake_tensors_and_leaves_the_original():
+    model = nn.Linear(3, 5)
+    mode = _compat.FakeTensorMode(allow_non_fake_inputs=True, shape_env=_compat.ShapeEnv())
+    with _compat.FakeCopyMode(mode):
+        twin, tensor = copy.deepcopy((model, torch.zeros(2, 3)))
+    assert isinstance(twin.weight, nn.Parameter)
+    assert isinstance(twin.weight, _compat.FakeTensor)
+    assert isinstance(tensor, _compat.FakeTensor)
+    assert type(model.weight) is nn.Parameter
+    with mode:
+        assert twin(tensor).shape == (2, 5)
+
+
+def test_tracing_context_has_the_fake_mode_inside_a_backend_and_none_outside():
+    [(_, context)] = capture(lambda x: x + 1, torch.zeros(3))
+    assert isinstance(context.fake_mode, _compat.FakeTensorMode)
+    assert _compat.TracingContext.try_get() is None
+
+
+def test_graph_inputs_are_the_very_parameters_with_their_source():
+    model = nn.Sequential(nn.Linear(3, 3))
+    inputs = []
+
+    def backend(gm, example_inputs):
+        inputs.extend(_compat.graph_inputs(gm))  # Dynamo forgets the values after the backend
+        return gm.forward
+
+    _compat.compile_isolated(lambda module, x: module(x), backend)(model, torch.zeros(2, 3))
+    assert "L['module']._modules['0']._parameters['weight']" in dict(inputs)
+    assert any(value is model[0].weight for _, value in inputs)
+
+
+def test_restore_paths_names_the_module_of_a_frame_after_a_graph_break():
+    class Inner(nn.Linear):
+        def forward(self, x):
+            x = super().forward(x)
+            torch._dynamo.graph_break()
+            return x.sin()
+
+    model = nn.Sequential(nn.Identity(), nn.Sequential(Inner(3, 3)))
+    stacks = []
+
+    def backend(gm, example_inputs):
+        _compat.restore_paths(gm, model)
+        for node in gm.graph.nodes:
+            stacks.extend(path for path, _ in (node.meta.get("nn_module_stack") or {}).values())
+        return gm.forward
+
+    _compat.compile_isolated(lambda module, x: module(x), backend)(model, torch.zeros(2, 3))
+    assert any(path.endswith("].1.0") for path in stacks), stacks
+
+
+def test_proxy_mode_is_there_inside_make_fx_alone_and_can_be_disabled():
+    seen = []
+
+    def function(x):
+        seen.append(_compat.get_proxy_mode())
+        with _compat.disable_proxy_modes_tracing():
+            seen.append(_compat.get_proxy_mode())
+            hidden = x + 1
+        return x * hidden.shape[0]
+
+    gm = _compat.make_fx(function, pre_dispatch=True)(torch.zeros(3))
+    assert seen[0] is not None
+    assert seen[1] is None
+    assert _compat.get_proxy_mode() is None
+    assert [node.target for node in gm.graph.nodes if node.op == "call_function"] == [torch.ops.aten.mul.Tensor]
+
+
+def test_track_tensor_tree_gives_a_result_its_own_proxy():
+    example = torch.empty(3)
+
+    def function(x):
+        tracer = _compat.get_proxy_mode().tracer
+        proxy = tracer.create_proxy("call_function", operator.neg, (tracer.unwrap_proxy(x),), {})
+        return _compat.track_tensor_tree(example, proxy, constant=None, tracer=tracer) + 1
+
+    gm = _compat.make_fx(function, pre_dispatch=True)(torch.zeros(3))
+    [neg] = [node for node in gm.graph.nodes if node.target is operator.neg]
+    assert [user.target for user in neg.users] == [torch.ops.aten.add.Tensor]
+
+
+def test_checkpointing_is_a_higher_order_operator_with_its_body_as_a_module():
+    assert isinstance(_compat.tag_activation_checkpoint, _compat.HigherOrderOperator)
+
+    def function(x):
+        return torch.utils.checkpoint.checkpoint(torch.sin, x, use_reentrant=False)
+
+    [(gm, _)] = capture(function, torch.zeros(3, requires_grad=True))
+    calls = [node for node in gm.graph.nodes if node.target is _compat.tag_activation_checkpoint]
+    assert len(calls) == 1
+    assert isinstance(getattr(gm, calls[0].args[0].target), torch.fx.GraphModule)
+
+
+def test_an_aten_call_is_an_op_overload():
+    assert isinstance(torch.ops.aten.add.Tensor, _compat.OpOverload)
+
+
+def test_backend_failures_carry_the_exception_and_lookup_finds_inner_compilers():
+    def backend(gm, example_inputs):
+        raise ValueError("ours")
+
+    with pytest.raises(_compat.BackendCompilerFailed) as caught:
+        torch.compile(torch.sin, backend=backend)(torch.zeros(3))
+    assert isinstance(caught.value.inner_exception, ValueError)
+    assert callable(_compat.lookup_backend("aot_eager"))
+    assert _compat.lookup_backend("msa").__module__ == "msa_compile.backend"
+
+
+def test_wrapper_subclasses_are_told_from_plain_tensors():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    assert _compat.is_traceable_wrapper_subclass(TwoTensor(torch.zeros(2), torch.zeros(2)))
+    assert not _compat.is_traceable_wrapper_subclass(torch.zeros(2))
+
+
+def test_unset_fake_temporarily_gives_real_tensors():
+    with _compat.FakeTensorMode():
+        assert isinstance(torch.zeros(2), _compat.FakeTensor)
+        with _compat.unset_fake_temporarily():
+            assert type(torch.zeros(2)) is torch.Tensor
+
+
+def test_a_compiled_module_has_its_class():
+    assert isinstance(torch.compile(nn.Linear(2, 2), backend="eager"), _compat.compiled_module_class())
+
+
+def test_compile_isolated_keeps_the_limit_of_one_function_from_another():
+    def many(x, number):
+        return x + number
+
+    def use_up(compiled):
+        graphs = []
+
+        def backend(gm, example_inputs):
+            graphs.append(gm)
+            return gm.forward
+
+        function = compiled(backend)
+        for size in range(2, 14):
+            with torch.no_grad():
+                function(torch.zeros(size, *[1] * (size - 2)), 1)  # another rank, another graph
+        return len(graphs)
+
+    limit = torch._dynamo.config.recompile_limit
+    assert limit < 12, "or this test shows nothing"
+    assert use_up(lambda backend: torch.compile(many, backend=backend)) == limit
+    for _ in range(2):
+        assert use_up(lambda backend: _compat.compile_isolated(many, backend)) == 12
