@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterable, Iterator
 
 import sympy
 import torch
 
-from msa_compile.passes.replay import Sizes, bind, expression
+from msa_compile.passes.replay import Sizes, bind
+
+_MOST_COMBINATIONS = 4096
 
 
 class SizeSpace:
@@ -42,24 +45,22 @@ class SizeSpace:
         return [int(bound.lower) for bound in bounds if bound is not None and bound.is_int and bound.lower > -(2**31)]
 
     def samples(self, symbols: Iterable[sympy.Symbol], values: Iterable[int], limit: int) -> Iterator[Sizes]:
-        """Up to ``limit`` allowed assignments of ``values``, distinct values for distinct symbols first."""
+        """Up to ``limit`` allowed assignments of ``values``: all symbols different first."""
         names = sorted(symbols, key=str)
-        if not names:
-            yield {}
-            return
-        pool = list(values)
-        combinations = itertools.product(pool, repeat=len(names))
-        spread = sorted(itertools.islice(combinations, 4096), key=lambda c: -len(set(c)))
-        found = 0
-        for combination in spread:
-            sizes = dict(zip(names, combination, strict=True))
-            if self.holds(sizes):
-                yield sizes
-                found += 1
-                if found == limit:
-                    return
+        combinations = itertools.islice(itertools.product(values, repeat=len(names)), _MOST_COMBINATIONS)
+        return self._allowed(names, sorted(combinations, key=lambda entry: -len(set(entry))), limit)
 
+    def spread(self, symbols: Iterable[sympy.Symbol], values: Iterable[int], limit: int) -> Iterator[Sizes]:
+        """Up to ``limit`` allowed assignments of ``values``: all symbols equal first, then from all over the space."""
+        names, pool = sorted(symbols, key=str), list(values)
+        mixed = list(itertools.islice(itertools.product(pool, repeat=len(names)), _MOST_COMBINATIONS))
+        random.Random(0).shuffle(mixed)
+        return self._allowed(
+            names, dict.fromkeys([*((value,) * len(names) for value in reversed(pool)), *mixed]), limit
+        )
 
-def shape_symbols(*tensors: torch.Tensor) -> set[sympy.Symbol]:
-    """Every symbol in the shapes of ``tensors``."""
-    return {symbol for tensor in tensors for size in tensor.shape for symbol in expression(size).free_symbols}
+    def _allowed(
+        self, names: list[sympy.Symbol], combinations: Iterable[tuple[int, ...]], limit: int
+    ) -> Iterator[Sizes]:
+        sizes = (dict(zip(names, combination, strict=True)) for combination in combinations)
+        return itertools.islice((entry for entry in sizes if self.holds(entry)), limit)

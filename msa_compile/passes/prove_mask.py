@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from msa_compile.passes.attention import Attention, Heads, MaskProof, MaskTerm, Refused
-from msa_compile.passes.choose_sizes import SizeSpace, shape_symbols
+from msa_compile.passes.choose_sizes import SizeSpace
 from msa_compile.passes.graph_facts import GraphFacts, tensor_value
 from msa_compile.passes.lift_mask import LiftedMask, check_term, constants_of, lift_mask, unproved_step
 from msa_compile.passes.read_scores import HIDDEN
@@ -75,11 +75,10 @@ def _without_mask(attention: Attention, query_length: object, key_length: object
 def _classify(facts: GraphFacts, attention: Attention, lifted: LiftedMask, query: Heads, key: Heads) -> MaskProof:
     query_length, key_length = query.length, key.length
     constants = constants_of(lifted)
-    symbols = symbols_of(lifted.inner | set(lifted.paddings)) | shape_symbols(query.node.meta["val"])
-    symbols |= expression(key_length).free_symbols
+    lengths_of = expression(query_length).free_symbols | expression(key_length).free_symbols
+    symbols = symbols_of(lifted.inner | set(lifted.paddings)) | expression(query.batch).free_symbols | lengths_of
     every = [query_length, key_length, *(node.meta["val"] for node in lifted.inner if "val" in node.meta)]
     space = SizeSpace(size for size in every if isinstance(size, torch.SymInt))
-    lengths_of = expression(query_length).free_symbols | expression(key_length).free_symbols
     batches = [query.batch, *(node.meta["val"].shape[0] for node in lifted.paddings)]
     batch_symbols = set().union(*(expression(size).free_symbols for size in batches)) - lengths_of
     straddle = [
@@ -92,7 +91,9 @@ def _classify(facts: GraphFacts, attention: Attention, lifted: LiftedMask, query
     runs: list[_Run] = []
     budget = _LARGEST_RUN * 4
     failure = ReplayError("no sizes to run at")
-    for lengths in space.samples(symbols - batch_symbols, sorted({*_SIZES, *straddle}), limit=40):
+    # In a decode step the mask is one longer than the cache was: neighbours of each size too.
+    pool = sorted({size - less for size in (*_SIZES, *straddle) for less in (0, 1) if size - less > 1})
+    for lengths in space.spread(symbols - batch_symbols, pool, limit=40):
         sizes = {**dict.fromkeys(batch_symbols, 3), **lengths}
         tq, tk = concrete(query_length, sizes), concrete(key_length, sizes)
         cost = tq * tk * 3

@@ -185,7 +185,14 @@ def previous_product(node: object) -> Node | None:
             continue
         seen.add(current)
         if is_op(current, *PRODUCTS):
-            return current
-        if is_op(current, *ELEMENTWISE):
+            if not _is_projection(current):
+                return current
+        elif is_op(current, *ELEMENTWISE):
             pending.extend(current.all_input_nodes)
     return None
+
+
+def _is_projection(product: Node) -> bool:
+    """Whether a product is with a matrix that all rows share: a router or a classifier, no keys."""
+    right = tensor_value(product.args[1]) if is_op(product, aten.matmul) else None
+    return right is not None and right.dim() == 2

@@ -50,9 +50,9 @@ def _(mask: Tensor, site: str) -> Tensor:
 def mask_positions(mask: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
     """Positions that a mask implies.
 
-    With ``last_i`` the last key that query ``i`` sees, the first query stands at ``max_i(last_i - i)``: exactly its slot
-    under a causal mask with left or right padding, and never so early that causality would hide what the mask shows,
-    whatever the mask. The content starts at the first key that any query sees.
+    With ``last_i`` the last key that query ``i`` sees, the first query stands at ``max_i(last_i - i)``: exactly its
+    slot under a causal mask with left or right padding, and never so early that causality would hide what the mask
+    shows, whatever the mask. The content starts at the first key that any query sees.
 
     Args:
         mask: bool ``[B or 1, heads, Tq or 1, Tk]``, true where a key is seen.
