@@ -12,7 +12,7 @@ STAMP := .venv/.msa_compile_installed
 HAS_TORCH := import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fmt clean
+.PHONY: help demo test test-all check fmt clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,7 +21,10 @@ demo: $(STAMP) ## train a small model, make it sparse, compare; ARGS="--model NA
 	$(BIN)/python -m examples.demo $(ARGS)
 
 # One thread for each of the two workers: more would only wait for each other.
-test: check ## check, then every test
+test: check ## check, then the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not slow"
+
+test-all: check ## check, then every test, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
 check: $(STAMP) ## style, types and import law; changes nothing

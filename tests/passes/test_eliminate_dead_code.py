@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_attention import capture, tokens
+from tiny_attention import STATIC, capture, tokens
 
 from msa_compile.passes.eliminate_dead_code import eliminate_dead_code
 
@@ -20,7 +20,7 @@ WRITES = {
 }
 
 
-@pytest.mark.parametrize("sizes", ["dynamic", "static"])
+@pytest.mark.parametrize("sizes", ["dynamic", STATIC])
 @pytest.mark.parametrize("name", WRITES)
 def test_a_write_without_users_stays(name, sizes):
     def function(x, cache, position):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny_attention import HEAD_DIM, HEADS, capture, only, project, repeat_kv, sparse, tokens, weights
+from tiny_attention import HEAD_DIM, HEADS, SIZES, capture, only, project, repeat_kv, sparse, tokens, weights
 from torch.nn import functional as F
 
 from msa_compile.records import Reason
@@ -81,7 +81,7 @@ READ = {
 del READ["where"]
 
 
-@pytest.mark.parametrize("sizes", ["dynamic", "static", "all"])
+@pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("name", READ)
 def test_a_written_out_attention_is_read(name, sizes):
     function, scale = READ[name]

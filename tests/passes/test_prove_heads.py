@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_attention import GROUPS, HEAD_DIM, HEADS, capture, only, project, repeat_kv, sparse, tokens, weights
+from tiny_attention import GROUPS, HEAD_DIM, HEADS, STATIC, capture, only, project, repeat_kv, sparse, tokens, weights
 from torch.nn import functional as F
 
 from msa_compile.records import Reason
@@ -69,7 +69,7 @@ def function_of(attention, heads=HEADS, groups=GROUPS):
     return lambda x: attention(*project(x, *w))
 
 
-@pytest.mark.parametrize("sizes", ["dynamic", "static"])
+@pytest.mark.parametrize("sizes", ["dynamic", STATIC])
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_a_repeat_in_any_spelling_is_undone(name, sizes):
     attention, form = SPELLINGS[name]

@@ -6,7 +6,7 @@ import odd_masks
 import pytest
 import torch
 from odd_masks import ALL, behind, causal, ragged
-from tiny_attention import capture, only, project, repeat_kv, sparse, tokens, weights
+from tiny_attention import STATIC, capture, only, project, repeat_kv, sparse, tokens, weights
 from torch.nn import functional as F
 
 from msa_compile.errors import KernelArgumentError
@@ -40,7 +40,7 @@ def sees_something(mask, x):
     return seen.any(1, keepdim=True).expand(x.shape[0], 1, x.shape[1], 1)
 
 
-@pytest.mark.parametrize("sizes", ["dynamic", "static"])
+@pytest.mark.parametrize("sizes", ["dynamic", STATIC])
 @pytest.mark.parametrize("name", ALL)
 def test_a_mask_is_called_what_it_is(name, sizes):
     mask = ALL[name]
@@ -132,7 +132,7 @@ def _static_cache(window=None):
     return function
 
 
-@pytest.mark.parametrize("sizes", ["dynamic", "static"])
+@pytest.mark.parametrize("sizes", ["dynamic", STATIC])
 def test_a_static_cache_mask_is_applied_as_it_is(sizes):
     arguments = tokens(2, 3), torch.tensor(4), torch.zeros(2, 2, 20, 8), torch.zeros(2, 2, 20, 8)
     assert said(only(capture(_static_cache(), *arguments, sizes=sizes).found())) == "given"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
@@ -12,6 +13,10 @@ from torch.nn import functional as F
 from msa_compile.passes.canonicalize import canonicalize
 from msa_compile.passes.detect_attention import Found, detect_attention
 from msa_compile.runtime import mark_dynamic
+
+# Every spelling is tried with open sizes; specialised graphs, and graphs with every number open, in the slow run.
+STATIC = pytest.param("static", marks=pytest.mark.slow)
+SIZES = ["dynamic", STATIC, pytest.param("all", marks=pytest.mark.slow)]
 
 HEADS, GROUPS, HEAD_DIM, WIDTH = 4, 2, 8, 16
 # Blocks enough for every key, and no dense path: the ops run, and must give what dense attention gives.
