@@ -19,6 +19,7 @@ from msa_compile.passes.read_scores import (
     PASS_THROUGH,
     PRODUCTS,
     ScoreReader,
+    is_elementwise,
     previous_product,
 )
 from msa_compile.records import Reason
@@ -111,13 +112,17 @@ def _operands(product: Node, reader: ScoreReader | None) -> tuple[Node, Node, fl
 
 def _next_product(node: Node) -> Node | None:
     """The first matrix product whose left operand comes elementwise from ``node``."""
-    pending = list(node.users)
+    pending = [(user, node) for user in node.users]
+    seen: set[Node] = set()
     while pending:
-        user = pending.pop()
+        user, source = pending.pop()
+        if user in seen:
+            continue
+        seen.add(user)
         if is_op(user, *PRODUCTS):
             return user
-        if is_op(user, *ELEMENTWISE):
-            pending.extend(user.users)
+        if is_elementwise(user, source):
+            pending.extend((further, user) for further in user.users)
     return None
 
 

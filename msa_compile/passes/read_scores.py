@@ -14,13 +14,23 @@ from msa_compile.records import Reason
 
 aten = torch.ops.aten
 PRODUCTS = (aten.matmul, aten.bmm, aten.baddbmm, aten.einsum)
-PASS_THROUGH = (aten.to, aten._to_copy, aten.contiguous, aten.clone, aten.alias, aten.detach, aten.lift_fresh_copy)
+PASS_THROUGH = (
+    aten.to,
+    aten._to_copy,
+    aten.type_as,
+    aten.contiguous,
+    aten.clone,
+    aten.alias,
+    aten.detach,
+    aten.lift_fresh_copy,
+)
 RESHAPE = (aten.view, aten.reshape, aten._unsafe_view)
 ELEMENTWISE = (
     *PASS_THROUGH, *RESHAPE, aten.add, aten.sub, aten.mul, aten.div, aten.tanh, aten.masked_fill, aten.where, aten.cat,
     aten.slice, aten.dropout, aten.add_, aten.mul_, aten.div_, aten.masked_fill_, aten.clamp, aten.permute,
     aten.transpose, aten.unsqueeze, aten.squeeze, aten.pow, aten.abs, aten.relu, aten.exp, aten.neg, aten.sigmoid,
 )  # fmt: skip
+_MIXING = (aten.linear, aten.addmm, aten.mm, aten.conv1d, aten.conv2d, aten.softmax, aten.scaled_dot_product_attention)
 MOVES = (*RESHAPE, aten.permute, aten.transpose, aten.unsqueeze, aten.squeeze, aten.expand)
 HIDDEN = -1e4  # a score at or below this is masked: eager masks use finfo.min, -inf, -1e9 or -1e4
 
@@ -187,9 +197,21 @@ def previous_product(node: object) -> Node | None:
         if is_op(current, *PRODUCTS):
             if not _is_projection(current):
                 return current
-        elif is_op(current, *ELEMENTWISE):
-            pending.extend(current.all_input_nodes)
+        else:
+            pending.extend(source for source in current.all_input_nodes if is_elementwise(current, source))
     return None
+
+
+def is_elementwise(node: Node, source: Node) -> bool:
+    """Whether ``node`` re-arranges ``source`` or keeps its shape, whatever it does to the values.
+
+    An operation that no list names must not hide an attention: it is walked through here and refused by the reader.
+    """
+    if is_op(node, *ELEMENTWISE):
+        return True
+    after, before = tensor_value(node), tensor_value(source)
+    same = after is not None and before is not None and str(after.shape) == str(before.shape)
+    return same and not is_op(node, *_MIXING)
 
 
 def _is_projection(product: Node) -> bool:

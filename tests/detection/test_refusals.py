@@ -157,7 +157,7 @@ def test_a_decode_step_never_makes_cross_attention_sparse(name, sparse_calls):
     """One query and no mask: nothing but where the keys come from tells cross-attention from self-attention."""
     model, inputs = {"bart": bart, "whisper": whisper}[name](), inputs_of(name)
     inputs.pop("decoder_input_ids")
-    generation = {"max_new_tokens": 6, "do_sample": False, "num_beams": 1, **inputs}
+    generation = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 1, **inputs}
     expected = model.generate(**generation)
     msa_compile.sparsify(model, FULL, example_inputs=inputs_of(name), inner="eager")
     got = model.generate(**generation)

@@ -48,7 +48,7 @@ def test_beam_search_with_few_blocks_has_the_beams_of_the_oracle(subject_of, ops
     assert not torch.equal(found, dense), "so few blocks must show"
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
 def test_generate_with_few_blocks_gives_the_tokens_of_the_oracle_with_any_cache(subject_of, name):
     subject = subject_of(name)
     ids, mask = tokens(2, 22, seed=7), left_padding(22, 0, 3)
