@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch._dynamo.backends.registry import lookup_backend
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnalysis
+from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._ops import HigherOrderOperator, OpOverload
@@ -30,12 +31,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "BackendCompilerFailed",
+    "ConstantSource",
     "FakeCopyMode",
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
     "OpOverload",
     "ShapeEnv",
+    "TensorifyScalarRestartAnalysis",
     "TracingContext",
     "compile_isolated",
     "compiled_module_class",

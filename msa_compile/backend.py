@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from msa_compile._compat import lookup_backend, restore_paths
+from msa_compile._compat import TensorifyScalarRestartAnalysis, lookup_backend, restore_paths
 from msa_compile.config import MSAConfig
 from msa_compile.errors import CaptureError, ConfigError, MSAError, SiteRefusedError, UnknownOptionError
 from msa_compile.passes.pipeline import run_passes
@@ -69,7 +69,7 @@ class MSABackend:
             self.records.append(result.record)
             compiled = self._compile(result.module, example_inputs)
             return self._counting(compiled, self._turned_dense(gm, result.record))
-        except MSAError:
+        except (MSAError, TensorifyScalarRestartAnalysis):  # the latter asks Dynamo to start this frame again
             raise
         except Exception as error:
             log.debug("the msa backend failed", exc_info=True)

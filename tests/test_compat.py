@@ -170,3 +170,12 @@ def test_compile_isolated_keeps_the_limit_of_one_function_from_another():
     assert use_up(lambda backend: torch.compile(many, backend=backend)) == limit
     for _ in range(2):
         assert use_up(lambda backend: _compat.compile_isolated(many, backend)) == 12
+
+
+def test_a_source_of_a_constant_has_a_name_and_a_restart_is_no_ordinary_failure():
+    # AOTAutograd asks each buffer of a graph for its source, and Dynamo restarts a frame on this exception.
+    source = _compat.ConstantSource("_tensor_constant0")
+    name = source.name
+    assert (name() if callable(name) else name) == "_tensor_constant0"
+    assert issubclass(_compat.TensorifyScalarRestartAnalysis, Exception)
+    assert not issubclass(_compat.TensorifyScalarRestartAnalysis, _compat.BackendCompilerFailed)

@@ -51,9 +51,7 @@ def canonicalize(gm: GraphModule) -> GraphModule:
             "Report this with the model's code; `msa_compile.unsparsify(model)` gives the dense model back."
         ) from error
     traced.meta.update(gm.meta)
-    for name in ("_param_name_to_source", "_source_to_user_stacks"):
-        if hasattr(gm, name):
-            setattr(traced, name, getattr(gm, name))
+    _copy_sources(gm, traced)
     for old, new in zip(placeholders, [n for n in traced.graph.nodes if n.op == "placeholder"], strict=True):
         # AOTAutograd reads sources and static-address marks from here.
         new.meta = {**old.meta, "val": new.meta.get("val", old.meta.get("example_value"))}
@@ -66,6 +64,15 @@ def canonicalize(gm: GraphModule) -> GraphModule:
         setattr(traced, retracer.renamed[name], canonicalize(body))
     traced.recompile()
     return traced
+
+
+def _copy_sources(gm: GraphModule, traced: GraphModule) -> None:
+    """Tell AOTAutograd where inputs come from, as Dynamo told it; constants of the trace come from nowhere."""
+    if hasattr(gm, "_source_to_user_stacks"):
+        traced._source_to_user_stacks = gm._source_to_user_stacks
+    if hasattr(gm, "_param_name_to_source"):
+        constants = {name: _compat.ConstantSource(name) for name, _ in traced.named_buffers()}
+        traced._param_name_to_source = {**constants, **gm._param_name_to_source}  # type: ignore[assignment, dict-item]
 
 
 def _as_function(interpreter: Interpreter) -> Callable[..., Any]:
@@ -127,6 +134,10 @@ class _Retracer(Interpreter):
         return super().run_node(n)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A method of a torch-level graph, with two that ATen would make more of than they say."""
+        if target == "type_as" and args[0].device == args[1].device:
+            # Only the dtype of the other tensor matters; as an argument it would tie a mask to the activations.
+            return args[0].to(args[1].dtype)
         if target == "item" and self._node is not None and isinstance(args[0], torch.Tensor):
             # dynamic=True hands Python floats in as 0-d tensors; Dynamo knows the value of their .item().
             known = self._node.meta.get("example_value")

@@ -161,8 +161,8 @@ _STEPS = (
     aten.bitwise_and, aten.bitwise_or, aten.bitwise_not, aten.logical_and, aten.logical_or, aten.logical_not,
     aten.__and__, aten.__or__, aten.where, aten.masked_fill, aten.masked_fill_, aten.full, aten.ones, aten.zeros,
     aten.full_like, aten.ones_like, aten.zeros_like, aten.new_ones, aten.new_full, aten.new_zeros, aten.scalar_tensor,
-    aten.tril, aten.triu, aten.index, aten.cumsum, aten.diff, aten.pad, aten.cat, aten.squeeze, aten.transpose,
-    aten.permute, aten._to_copy, aten.alias, aten.detach, aten.expand_as, aten.select, *_MOVES,
+    aten.tril, aten.triu, aten.index, aten.cumsum, aten.diff, aten.pad, aten.cat, aten.hstack, aten.squeeze,
+    aten.transpose, aten.permute, aten._to_copy, aten.alias, aten.detach, aten.expand_as, aten.select, *_MOVES,
 )  # fmt: skip
 
 

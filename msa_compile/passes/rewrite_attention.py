@@ -59,7 +59,7 @@ def rewrite_attention(graph: Graph, proved: Proved, name: str, config: MSAConfig
     dtype = attention.output.meta["val"].dtype
     if out.meta["val"].dtype != dtype:
         out = emit(aten.to.dtype, out, dtype)
-    attention.output.replace_all_uses_with(out)
+    attention.output.replace_all_uses_with(emit.in_memory_order(out, attention.output.meta["val"]))
 
 
 def _group_mean(emit: _Emitter, query: Node, groups: int) -> Node:
@@ -133,6 +133,20 @@ class _Emitter:
         if layout.unflatten is not None:
             node = self(aten.unflatten.int, node, layout.unflatten[0], list(layout.unflatten[1]))
         return node
+
+    def in_memory_order(self, node: Node, like: torch.Tensor) -> Node:
+        """``node`` with its dimensions in memory in the order of ``like``.
+
+        What reads the replaced node was traced under its strides: SDPA returns ``[B, H, T, D]`` that lies as
+        ``[B, T, H, D]``, and a view that is legal there is not legal on a contiguous tensor.
+        """
+        strides = [stride.node.hint if isinstance(stride, torch.SymInt) else stride for stride in like.stride()]
+        order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+        if order == list(range(len(order))):
+            return node
+        moved = self(aten.permute.default, node, order)
+        copied = self(aten.clone.default, moved, memory_format=torch.contiguous_format)
+        return self(aten.permute.default, copied, [order.index(dim) for dim in range(len(order))])
 
     def visible(self, term: MaskTerm, name: str) -> Node:
         """A mask term as bool ``[B or 1, 1, Tq, Tk]``, true where a key is seen."""
