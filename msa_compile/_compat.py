@@ -18,7 +18,7 @@ from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
@@ -52,7 +52,6 @@ __all__ = [
     "restore_paths",
     "tag_activation_checkpoint",
     "track_tensor_tree",
-    "unset_fake_temporarily",
 ]
 
 # Shapes are dynamic, so one model needs few graphs; the limit only has to be out of reach of an honest workload.

@@ -137,13 +137,6 @@ def test_wrapper_subclasses_are_told_from_plain_tensors():
     assert not _compat.is_traceable_wrapper_subclass(torch.zeros(2))
 
 
-def test_unset_fake_temporarily_gives_real_tensors():
-    with _compat.FakeTensorMode():
-        assert isinstance(torch.zeros(2), _compat.FakeTensor)
-        with _compat.unset_fake_temporarily():
-            assert type(torch.zeros(2)) is torch.Tensor
-
-
 def test_a_compiled_module_has_its_class():
     assert isinstance(torch.compile(nn.Linear(2, 2), backend="eager"), _compat.compiled_module_class())
 

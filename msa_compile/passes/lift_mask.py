@@ -102,11 +102,11 @@ def check_term(term: MaskTerm, lifted: LiftedMask) -> None:
     grouped = value is not None and value.dim() == 5 and (value.shape[1], value.shape[2]) == (1, 1)
     if value is None or (value.dim() > 4 and not grouped):
         raise Refused(Reason.UNKNOWN_FORM, f"mask {term.node} has no [B, H, Tq, Tk] shape")
-    for node in lifted.inner:
-        if is_op(node, *_FROM_ACTIVATIONS):
-            raise Refused(Reason.DATA_DEPENDENT_MASK, f"{node.target} in what makes {term.node}")
-        if is_op(node, *_LOOKED_UP):
-            raise Refused(Reason.ATTENTION_BIAS, f"a learned table is looked up to make {term.node}")
+    # Activations first: behind them stands the token embedding, which is a look-up too.
+    for ops, reason in ((_FROM_ACTIVATIONS, Reason.DATA_DEPENDENT_MASK), (_LOOKED_UP, Reason.ATTENTION_BIAS)):
+        step = next((node for node in lifted.inner if is_op(node, *ops)), None)
+        if step is not None:
+            raise Refused(reason, f"{step.target} in what makes {term.node}")
     per_head = value.dim() == 4 and expression(value.shape[1]) != 1 and not _is_head_broadcast(term.node)
     if per_head or (value.dim() == 3 and expression(value.shape[0]) != 1):
         # What is added and differs between heads is a bias (ALiBi) far more often than a mask.
