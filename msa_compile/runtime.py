@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import logging
 import threading
 import types
@@ -28,6 +29,7 @@ from msa_compile.errors import DataParallelError, ExportNotSparseError, MSAError
 log = logging.getLogger(__name__)
 
 TOKEN = "_msa_dense_calls"
+_trampolines = itertools.count()
 _REPLICATE = "_replicate_for_data_parallel"
 _OPAQUE = (
     "the forward of a model sparsified by msa_compile compiles itself and is not traced by another compiler: drop "
@@ -200,8 +202,10 @@ def fresh_trampoline(original: Callable[..., Any] | None) -> Callable[..., Any]:
                 torch.ops.msa.site(module._buffers[TOKEN], "")
             return original(*args, **kwargs)
 
-    code = trampoline.__code__.replace(co_name="msa_forward")
-    return types.FunctionType(code, globals(), "msa_forward", trampoline.__defaults__, trampoline.__closure__)
+    # A name of its own too: Dynamo remembers by file, line and name which sizes and numbers of a function varied.
+    name = f"msa_forward_{next(_trampolines)}"
+    code = trampoline.__code__.replace(co_name=name)
+    return types.FunctionType(code, globals(), name, trampoline.__defaults__, trampoline.__closure__)
 
 
 def mark_dynamic(value: Any) -> None:

@@ -51,13 +51,23 @@ class SizeSpace:
         return self._allowed(names, sorted(combinations, key=lambda entry: -len(set(entry))), limit)
 
     def spread(self, symbols: Iterable[sympy.Symbol], values: Iterable[int], limit: int) -> Iterator[Sizes]:
-        """Up to ``limit`` allowed assignments of ``values``: all symbols equal first, then from all over the space."""
+        """Up to ``limit`` allowed assignments of ``values``: all symbols equal first, then from all over the space.
+
+        The sizes that the graph was captured at come before all; they are allowed in any case.
+        """
         names, pool = sorted(symbols, key=str), list(values)
         mixed = list(itertools.islice(itertools.product(pool, repeat=len(names)), _MOST_COMBINATIONS))
         random.Random(0).shuffle(mixed)
         return self._allowed(
-            names, dict.fromkeys([*((value,) * len(names) for value in reversed(pool)), *mixed]), limit
+            names, dict.fromkeys([*self._captured(names), *((v,) * len(names) for v in reversed(pool)), *mixed]), limit
         )
+
+    def _captured(self, names: list[sympy.Symbol]) -> list[tuple[int, ...]]:
+        if self._env is None:
+            return []
+        # Renamed in torch 2.13.
+        known = getattr(self._env, "backed_var_to_val", None) or getattr(self._env, "var_to_val", {})
+        return [tuple(int(known[name]) for name in names)] if all(name in known for name in names) else []
 
     def _allowed(
         self, names: list[sympy.Symbol], combinations: Iterable[tuple[int, ...]], limit: int
