@@ -211,12 +211,13 @@ def fresh_trampoline(original: Callable[..., Any] | None) -> Callable[..., Any]:
 def mark_dynamic(value: Any) -> None:
     """Hint to Dynamo that batch and sequence of every tensor in ``value`` vary; a weak hint, never an error.
 
-    Token tensors are ``[B, T]``, hidden states ``[B, T, C]``, masks ``[B, 1, Tq, Tk]``, cache entries
-    ``[B, H, T, D]``. Without it the first two lengths would each cost a compilation.
+    Positions are ``[T]``, token tensors ``[B, T]``, hidden states ``[B, T, C]``, masks ``[B, 1, Tq, Tk]``, cache
+    entries ``[B, H, T, D]``. Without it the first two lengths would each cost a compilation.
     """
     for tensor in _tensors(value, depth=5, seen=set()):
-        dims = {2: (0, 1), 3: (0, 1), 4: (0, 2, 3) if not tensor.dtype.is_floating_point else (0, 2)}.get(tensor.dim())
-        for dim in dims or ():
+        is_float = tensor.dtype.is_floating_point
+        open_dims = {1: () if is_float else (0,), 2: (0, 1), 3: (0, 1), 4: (0, 2) if is_float else (0, 2, 3)}
+        for dim in open_dims.get(tensor.dim(), ()):
             if tensor.shape[dim] > 1:
                 torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
