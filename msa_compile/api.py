@@ -28,6 +28,7 @@ from msa_compile.errors import (
     CompiledModelError,
     DataParallelError,
     ExampleInputsError,
+    NotAModuleError,
     NotSparseError,
 )
 from msa_compile.report import Report, build_report
@@ -74,6 +75,7 @@ def sparsify(
         NothingToSparsifyError: No attention site can be made sparse; the message lists what was found.
         SiteRefusedError: With ``strict=True``, some site stays dense.
         AlreadySparseError, CompiledModelError, DataParallelError: The model is in no state to be sparsified.
+        NotAModuleError: ``model`` is no module.
         ExampleInputsError: ``example_inputs`` do not fit ``model.forward``.
         CaptureError: The model cannot be captured.
 
@@ -117,7 +119,7 @@ class SparseDoor(Door):
             NothingToSparsifyError, SiteRefusedError: It is not enough.
         """
         check_strict(discovery.sites, self.config)
-        check_any_sparse(discovery.sites)
+        check_any_sparse(discovery.records)
         if len(discovery.records) > 1:
             tag_frames(self.module)
         install_markers(self.module, discovery.carriers)
@@ -232,7 +234,7 @@ def _check_model(model: object) -> None:
             'then compiled by sparsify itself, or use torch.compile(module, backend="msa")'
         )
     if not isinstance(model, nn.Module):
-        raise CompiledModelError(f"sparsify takes a torch.nn.Module, not {type(model).__name__}")
+        raise NotAModuleError(f"sparsify takes a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, nn.DataParallel) or getattr(model, "_is_replica", False):
         raise DataParallelError("nn.DataParallel cannot be sparsified: use DistributedDataParallel, or one device")
     if has_traces(model):

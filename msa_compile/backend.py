@@ -64,7 +64,8 @@ class MSABackend:
         try:
             if self.model is not None:
                 restore_paths(gm, self.model)
-            result = run_passes(gm, self.config, self.windows)
+            after = self.records[-1].graph_break if self.records else ""
+            result = run_passes(gm, self.config, self.windows, after=after)
             check_strict(result.record.sites, self.config)
             self.records.append(result.record)
             compiled = self._compile(result.module, example_inputs)

@@ -91,7 +91,8 @@ def discover(model: nn.Module, inputs: CallInputs, config: MSAConfig, windows: M
         def record(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             restore_paths(gm, fake_model)
             marked = [str(node.args[1]) for node in marker_nodes(gm)]
-            found = run_passes(gm, config, found_windows, rewrite=False).record
+            after = records[-1].graph_break if records else ""
+            found = run_passes(gm, config, found_windows, after=after, rewrite=False).record
             records.append(found)
             for owner in sparse_owners(found.sites):
                 carriers.setdefault(owner, _carrier(owner, marked, taken=carriers.values()))
@@ -158,21 +159,27 @@ def sparse_owners(sites: Sequence[Site]) -> list[str]:
     return list(dict.fromkeys(site.name.split(":")[0] for site in sites if site.decision == "sparse"))
 
 
-def check_any_sparse(sites: Sequence[Site]) -> None:
+def check_any_sparse(records: Sequence[GraphRecord]) -> None:
     """Refuse a model in which nothing can be made sparse.
 
     Raises:
         NothingToSparsifyError: The message lists what was found.
     """
+    sites = [site for record in records for site in record.sites]
     if any(site.decision == "sparse" for site in sites):
         return
+    breaks = list(dict.fromkeys(record.graph_break for record in records if record.graph_break))
+    broken = "".join(f"\n  graph break: {said}" for said in breaks)
     if not sites:
         raise NothingToSparsifyError(
             "no attention was found: no scaled_dot_product_attention and no softmax between two matrix products in the "
             "captured graph. If the model has attention, a custom kernel or a graph break hides it from capture."
+            + broken
         )
     lines = "\n".join(f"  {s.name or '<root>'}: {s.reason.value if s.reason else ''}: {s.detail}" for s in sites)
-    raise NothingToSparsifyError(f"{len(sites)} attention sites were found and none can be made sparse:\n{lines}")
+    raise NothingToSparsifyError(
+        f"{len(sites)} attention sites were found and none can be made sparse:\n{lines}{broken}"
+    )
 
 
 def candidate_inputs(model: nn.Module, given: Any) -> list[CallInputs]:

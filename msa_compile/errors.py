@@ -25,6 +25,10 @@ class ExampleInputsError(MSAError, TypeError):
     """Raised when `example_inputs` is not something that the model's `forward` can be called with."""
 
 
+class NotAModuleError(MSAError, TypeError):
+    """Raised when `sparsify` is given something that is no `torch.nn.Module`."""
+
+
 class CompiledModelError(MSAError, TypeError):
     """Raised when `sparsify` is given the result of `torch.compile`; sparsify the original module first."""
 

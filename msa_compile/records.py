@@ -95,9 +95,17 @@ class Site:
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """What the passes found and did in one captured graph."""
+    """What the passes found and did in one captured graph.
+
+    Attributes:
+        sites: The attention in it.
+        nodes: Its size.
+        retrace_seconds, passes_seconds: Time taken.
+        graph_break: Why Dynamo ended the graph, and where, or ``""`` when it is the last of its frame.
+    """
 
     sites: tuple[Site, ...]
     nodes: int
     retrace_seconds: float
     passes_seconds: float
+    graph_break: str = ""

@@ -7,6 +7,7 @@ The ``"msa"`` backend erases it; where it executes, that call was dense, and it 
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import inspect
 import itertools
@@ -100,7 +101,7 @@ class RefuseReplication:
         )
 
 
-class Door:
+class Door(abc.ABC):
     """The forward of a sparsified model.
 
     An instance of a module-level class that holds the model: a deep copy or a pickle takes the model along and compiles
@@ -128,13 +129,15 @@ class Door:
         self.__dict__.update(saved)
         self._start_cold()
 
+    @abc.abstractmethod
     def new_backend(self) -> Backend:
         """The compile backend of this door; asked for once."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def before_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Runs before each call."""
 
+    @abc.abstractmethod
     def after_call(self) -> None:
         """Runs after each call that returned."""
 

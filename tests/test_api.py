@@ -106,8 +106,8 @@ def test_sparsify_keeps_the_object_its_class_and_its_signature():
         (lambda: nn.Sequential(sparse(small())), errors.AlreadySparseError, "a module in it"),
         (lambda: torch.compile(small(), backend="eager"), errors.CompiledModelError, "_orig_mod"),
         (lambda: nn.DataParallel(small()), errors.DataParallelError, "DistributedDataParallel"),
-        (lambda: small().forward, errors.CompiledModelError, r"takes a torch\.nn\.Module"),
-        (lambda: 3, errors.CompiledModelError, r"takes a torch\.nn\.Module, not int"),
+        (lambda: small().forward, errors.NotAModuleError, r"takes a torch\.nn\.Module"),
+        (lambda: 3, errors.NotAModuleError, r"takes a torch\.nn\.Module, not int"),
     ],
     ids=["twice", "inside", "compiled", "DataParallel", "function", "int"],
 )

@@ -18,7 +18,7 @@ from msa_compile.passes.eliminate_dead_code import eliminate_dead_code
 from msa_compile.passes.plan_sites import plan_sites
 from msa_compile.passes.rewrite_attention import rewrite_attention
 from msa_compile.passes.verify_graph import verify_graph
-from msa_compile.records import GraphRecord, Site
+from msa_compile.records import GraphRecord, Reason, Site
 
 log = logging.getLogger(__name__)
 
@@ -31,13 +31,16 @@ class PassResult:
     record: GraphRecord
 
 
-def run_passes(gm: GraphModule, config: MSAConfig, windows: dict[str, int], *, rewrite: bool = True) -> PassResult:
+def run_passes(
+    gm: GraphModule, config: MSAConfig, windows: dict[str, int], *, after: str = "", rewrite: bool = True
+) -> PassResult:
     """Canonicalize a Dynamo graph, find its attention, and make it sparse.
 
     Args:
         gm: A graph from Dynamo; not changed.
         config: What the user asks for.
         windows: Sliding windows known of sites, shared between the graphs of one model.
+        after: The graph break that this graph comes after, ``GraphRecord.graph_break`` of the one before.
         rewrite: Whether to rewrite, or only to report.
 
     Raises:
@@ -51,11 +54,13 @@ def run_passes(gm: GraphModule, config: MSAConfig, windows: dict[str, int], *, r
     for body in _bodies(canonical):
         sites += _run_on_body(body, config, windows, rewrite=rewrite)
     verify_graph(canonical, gm)
+    broken = _break_of(gm)
     record = GraphRecord(
-        sites=tuple(_numbered(sites)),
+        sites=tuple(_with_breaks(_numbered(sites), after, broken)),
         nodes=len(canonical.graph.nodes),
         retrace_seconds=traced - started,
         passes_seconds=time.perf_counter() - traced,
+        graph_break=broken,
     )
     log.info(
         "graph of %d nodes: %d sparse, %d dense sites (re-trace %.2f s, passes %.2f s)",
@@ -104,6 +109,29 @@ def _numbered(sites: list[Site]) -> list[Site]:
         seen[base] = count + 1
         unique.append(replace(site, name=base if count == 0 else f"{base}:{count}"))
     return unique
+
+
+def _break_of(gm: GraphModule) -> str:
+    """Dynamo's reason for ending this graph early, and the line of the model where it did; ``""`` if it did not."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return ""
+    said = reason.reason.strip().splitlines()[0]
+    if not reason.user_stack:
+        return said
+    frame = reason.user_stack[-1]
+    return f"{said} ({frame.filename.rsplit('/', 1)[-1]}:{frame.lineno})"
+
+
+def _with_breaks(sites: list[Site], *breaks: str) -> list[Site]:
+    """Sites that a graph break cut, with what Dynamo says of the breaks around their graph."""
+    said = "; ".join(dict.fromkeys(entry for entry in breaks if entry))
+    return [
+        replace(site, detail=f"{site.detail}; Dynamo broke the graph: {said}")
+        if said and site.reason is Reason.NOT_CAPTURED
+        else site
+        for site in sites
+    ]
 
 
 def _erase_markers(body: GraphModule, owners: Collection[str]) -> None:

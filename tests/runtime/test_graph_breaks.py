@@ -1,6 +1,7 @@
 """A graph break elsewhere changes nothing; one inside an attention is reported, and its site is dense and named."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -48,11 +49,14 @@ def test_a_break_between_projections_and_attention_is_reported(ops: OpCount):
     assert {site.name for site in report.dense} == {NAMES[0]}
     assert all(site.reason for site in report.dense)
     assert report.dense_calls == 0, "the site was never said to be sparse"
+    (cut,) = report.dense
+    assert "graph_break()" in cut.detail, "Dynamo's own reason"
+    assert re.search(r"\(tiny\.py:\d+\)", cut.detail), "and the line of the model"
 
 
 @pytest.mark.parametrize("where", ["before attention", "after softmax"])
 def test_a_break_in_every_attention_is_an_error(where):
-    with pytest.raises(NothingToSparsifyError, match=r"none can be made sparse|graph break"):
+    with pytest.raises(NothingToSparsifyError, match=r"graph break: .*graph_break\(\).*\(tiny\.py:\d+\)"):
         sparse(small(where, where))
 
 
