@@ -44,7 +44,7 @@ def attention(
         key: ``[B, Hkv, Tk, D]``, ``Hq % Hkv == 0``.
         value: ``[B, Hkv, Tk, D]``.
         attn_mask: bool, true where a key is seen, broadcastable to ``[B, 1, Tq, Tk]``; on top of causality. Without
-            ``is_causal`` and ``query_start`` the positions of the queries are read from it.
+            ``is_causal`` and ``query_start`` the positions of queries and documents are read from it.
         dropout_p: Must be 0.
         is_causal: Query ``i`` stands at key slot ``i``. With ``Tq != Tk`` say where it stands with ``query_start``.
         scale: Factor on ``q . k``, default ``D ** -0.5``.
@@ -86,8 +86,9 @@ def attention(
             raise KernelArgumentError(f"attn_mask is {mask.dtype}, legal is bool: true where a key is seen")
         mask = mask[(None,) * (4 - mask.dim())]
         if not is_causal and query_start is None:
-            query_start, implied_start = mask_positions(mask.expand(-1, -1, length, keys), query)
-            key_start = implied_start if key_start is None else key_start
+            query_start, content, documents = mask_positions(mask.expand(-1, -1, length, keys), query)
+            key_start = content if key_start is None else key_start
+            document_start = documents if document_start is None else document_start
     groups = key.shape[1]
     if index_query is None:
         detached = query.detach()

@@ -86,10 +86,10 @@ def _positions(emit: _Emitter, proved: Proved, query: Node, name: str) -> dict[s
     if form == "causal+padding":
         # The last query sees every key that is not padded, so its row is the padding mask: linear, not Tq x Tk.
         mask = emit(aten.slice.Tensor, mask, 2, -1)
-        _, key_start = emit.positions(mask, query)
+        _, key_start, _ = emit.positions(mask, query)
         return {"mask": mask, "key_start": key_start}
-    query_start, key_start = emit.positions(mask, query)
-    return {"mask": mask, "query_start": query_start, "key_start": key_start}
+    query_start, _, document_start = emit.positions(mask, query)
+    return {"mask": mask, "query_start": query_start, "document_start": document_start}
 
 
 class _Emitter:
@@ -166,10 +166,10 @@ class _Emitter:
         # The heads of a mask were proved equal.
         return self(aten.slice.Tensor, node, 1, 0, 1) if value.dim() == 4 and value.shape[1] != 1 else node
 
-    def positions(self, mask: Node, query: Node) -> tuple[Node, Node]:
-        """``query_start`` and ``key_start`` that a mask implies."""
-        both = self(torch.ops.msa.mask_positions.default, mask, query)
-        return self.item(both, 0), self.item(both, 1)
+    def positions(self, mask: Node, query: Node) -> tuple[Node, Node, Node]:
+        """``query_start``, ``key_start`` and ``document_start`` that a mask implies."""
+        starts = self(torch.ops.msa.mask_positions.default, mask, query)
+        return self.item(starts, 0), self.item(starts, 1), self.item(starts, 2)
 
     def sinks(self, node: Node) -> Node:
         """Sinks ``[1, Hq, 1, 1]`` as ``[Hq]``."""

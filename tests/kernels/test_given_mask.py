@@ -52,7 +52,7 @@ def test_a_bias_is_an_error_that_names_site_value_and_cure(value):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_causal_queries_stand_at_the_end_of_the_keys(rows):
     mask = causal(4, LENGTH).expand(rows, 1, 4, LENGTH)
-    query_start, key_start = mask_positions(mask, query(3, 4))
+    query_start, key_start, _ = mask_positions(mask, query(3, 4))
     assert query_start.tolist() == [5, 5, 5]
     assert key_start.tolist() == [0, 0, 0]
     assert query_start.dtype == key_start.dtype == torch.int64
@@ -60,14 +60,14 @@ def test_causal_queries_stand_at_the_end_of_the_keys(rows):
 
 def test_left_padding_moves_the_first_key_and_not_the_queries():
     padding = torch.arange(LENGTH) >= torch.tensor([[0], [3], [8]])
-    query_start, key_start = mask_positions(causal() & padding[:, None, None, :], query())
+    query_start, key_start, _ = mask_positions(causal() & padding[:, None, None, :], query())
     assert query_start.tolist() == [0, 0, 0]
     assert key_start.tolist() == [0, 3, 8]
 
 
 def test_right_padding_moves_nothing():
     padding = torch.arange(LENGTH) < torch.tensor([[9], [6], [1]])
-    query_start, key_start = mask_positions(causal() & padding[:, None, None, :], query())
+    query_start, key_start, _ = mask_positions(causal() & padding[:, None, None, :], query())
     assert query_start.tolist() == [0, 0, 0]
     assert key_start.tolist() == [0, 0, 0]
 
@@ -75,7 +75,7 @@ def test_right_padding_moves_nothing():
 def test_a_row_that_sees_nothing_stands_at_zero():
     mask = causal().expand(3, 1, LENGTH, LENGTH).clone()
     mask[1] = False
-    query_start, key_start = mask_positions(mask, query())
+    query_start, key_start, _ = mask_positions(mask, query())
     assert query_start.tolist() == [0, 0, 0]
     assert key_start.tolist() == [0, 0, 0]
 
@@ -92,7 +92,7 @@ def test_a_mask_that_differs_between_heads_counts_what_any_head_sees():
 def test_causality_never_hides_what_the_mask_shows(seed):
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(3, 1, 5, LENGTH, generator=generator) > 0.7
-    query_start, key_start = mask_positions(mask, query(3, 5))
+    query_start, key_start, _ = mask_positions(mask, query(3, 5))
     for row, _, i, j in mask.nonzero().tolist():
         assert key_start[row] <= j <= query_start[row] + i
 
@@ -100,6 +100,16 @@ def test_causality_never_hides_what_the_mask_shows(seed):
 def test_a_static_cache_stands_at_its_position():
     mask = torch.arange(20) <= torch.arange(3)[:, None] + 7
     assert mask_positions(mask[None, None], query(2, 3))[0].tolist() == [7, 7]
+
+
+def test_each_query_stands_in_its_own_document():
+    document = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2])
+    mask = causal() & (document[:, None] == document)
+    query_start, key_start, document_start = mask_positions(mask[None, None], query(2))
+    assert query_start.tolist() == key_start.tolist() == [0, 0]
+    assert document_start.tolist() == [[0, 0, 0, 3, 3, 3, 3, 7, 7]] * 2
+    # A decode step sees one row of the mask and must come to the same.
+    assert mask_positions(mask[None, None, 5:6], query(1, 1))[2].tolist() == [[3]]
 
 
 @pytest.mark.parametrize("op", ["visible", "mask_positions"])
