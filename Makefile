@@ -12,10 +12,10 @@ STAMP := .venv/.msa_compile_installed
 HAS_TORCH := import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check fmt clean
+.PHONY: help demo test test-all census check fmt clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## train a small model, make it sparse, compare; ARGS="--model NAME" takes a hub model
 	$(BIN)/python -m examples.demo $(ARGS)
@@ -26,6 +26,9 @@ test: check ## check, then the tests
 
 test-all: check ## check, then every test, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+census: $(STAMP) ## check every causal language model of transformers (about an hour); ARGS="llama bart" checks these
+	$(BIN)/python -m benchmarks.census $(ARGS)
 
 check: $(STAMP) ## style, types and import law; changes nothing
 	$(BIN)/ruff check .

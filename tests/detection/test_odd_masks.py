@@ -86,6 +86,19 @@ def test_few_blocks_see_nothing_that_the_mask_hides(name, sparse_calls):
     assert sparse_calls
 
 
+def test_a_packed_document_equals_the_document_alone(sparse_calls):
+    model = refused_models.Packed().eval()
+    first, second = ids_of(1, 7), ids_of(1, 26)
+    packed = torch.cat([first, second], dim=1)
+    places = torch.cat([torch.arange(7), torch.arange(26)])[None]
+    config = MSAConfig(block_size=4, topk_blocks=2, dense_below=0)
+    msa_compile.sparsify(model, config, inner="eager", example_inputs=(packed, places))
+    together = model(packed, places)
+    torch.testing.assert_close(together[:, :7], model(first, torch.arange(7)[None]))
+    torch.testing.assert_close(together[:, 7:], model(second, torch.arange(26)[None]))
+    assert len(sparse_calls) == 6
+
+
 @pytest.mark.parametrize("topk_blocks", [64, 2])
 @pytest.mark.parametrize("kind", ["left", "right", "holes"])
 def test_poisoned_padding_changes_no_real_token(kind, topk_blocks, sparse_calls):
