@@ -86,6 +86,10 @@ del READ["where"]
 def test_a_written_out_attention_is_read(name, sizes):
     function, scale = READ[name]
     found = only(capture(function, tokens(), sizes=sizes).found())
+    if name == "keys scaled before" and sizes == "all":
+        # Behind a product no head count is written down, and here the count itself is open: not proved, so refused.
+        assert found.reason is Reason.HEAD_LAYOUT
+        return
     assert found.reason is None, found.detail
     attention = found.proved.attention
     assert attention.scale == pytest.approx(scale, rel=1e-6)
