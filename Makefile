@@ -12,7 +12,7 @@ STAMP := .venv/.msa_compile_installed
 HAS_TORCH := import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all census check fmt clean
+.PHONY: help demo test test-all census grammar check fmt clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test-all: check ## check, then every test, the slow ones too
 
 census: $(STAMP) ## check every causal language model of transformers (about an hour); ARGS="llama bart" checks these
 	$(BIN)/python -m benchmarks.census $(ARGS)
+
+grammar: $(STAMP) ## check thousands of random spellings of attention (about half an hour)
+	$(BIN)/python -m benchmarks.grammar $(ARGS)
 
 check: $(STAMP) ## style, types and import law; changes nothing
 	$(BIN)/ruff check .

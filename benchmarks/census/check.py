@@ -175,7 +175,7 @@ def _check_few_blocks(dense: Causal, sparse: Causal, ids: Tensor, row: Row, repo
     mask = _padding()
     decisions = [site.decision for site in report.sites]
     oracle = BlockOracle(decisions, BLOCK_SIZE, FEW, _written_out_heads(dense))
-    oracle.query_length = oracle.key_length = LENGTH
+    oracle.batch, oracle.query_length, oracle.key_length = ids.shape[0], LENGTH, LENGTH
     with oracle:
         expected = dense(ids)
     if oracle.count != len(decisions):

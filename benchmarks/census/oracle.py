@@ -58,13 +58,14 @@ class BlockOracle(TorchFunctionMode):
 
     Attributes:
         count: Attention calls so far.
-        query_length, key_length: Of the next forward; set them before each.
+        batch, query_length, key_length: Of the next forward; set them before each.
     """
 
     def __init__(self, decisions: Sequence[str], block_size: int, topk: int, key_value_heads: int) -> None:
         super().__init__()
         self.decisions = decisions
         self.block_size, self.topk, self.key_value_heads = block_size, topk, key_value_heads
+        self.batch = 1
         self.query_length = self.key_length = 0
         self.count = 0
 
@@ -98,6 +99,7 @@ class BlockOracle(TorchFunctionMode):
         elif attn_mask is None:
             visible = torch.ones(1, *lengths, dtype=torch.bool)
         else:
+            attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
             visible = (attn_mask if attn_mask.dtype == torch.bool else attn_mask > _HIDDEN)[:, 0]
         groups = distinct_heads(key)
         mean = query.float().unflatten(1, (groups, -1)).mean(2)
@@ -111,8 +113,7 @@ class BlockOracle(TorchFunctionMode):
     def _restrict(self, logits: Tensor) -> Tensor:
         """Softmax of written-out attention over chosen blocks only; a last column beyond the keys is a sink."""
         shape = logits.shape
-        batch = shape[0] // self.key_value_heads if logits.dim() == 3 else shape[0]
-        scores = logits.reshape(batch, -1, *shape[-2:])[..., : self.key_length].float()
+        scores = logits.reshape(self.batch, -1, *shape[-2:])[..., : self.key_length].float()
         visible = scores[:, 0] > _HIDDEN
         groups = min(self.key_value_heads, scores.shape[1])
         chosen = self._choose(scores.unflatten(1, (groups, -1)).mean(2), visible)

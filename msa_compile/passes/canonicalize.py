@@ -38,7 +38,7 @@ def canonicalize(gm: GraphModule) -> GraphModule:
     """
     fake_mode = _fake_mode_of(gm)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    inputs = [_refake(node.meta.get("example_value"), fake_mode, node.name) for node in placeholders]
+    inputs = [_input(node, fake_mode) for node in placeholders]
     retracer = _Retracer(gm, fake_mode)
     try:
         with fake_mode, fx_traceback.preserve_node_meta():
@@ -91,6 +91,14 @@ def _fake_mode_of(gm: GraphModule) -> _compat.FakeTensorMode:
         if isinstance(value, _compat.FakeTensor):
             return value.fake_mode
     return _compat.FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _input(node: Node, fake_mode: _compat.FakeTensorMode) -> Any:
+    """What stands for a placeholder in the re-trace."""
+    value = _refake(node.meta.get("example_value"), fake_mode, node.name)
+    given = getattr(node.meta.get("grapharg"), "example", None)
+    # Dynamo's own value has seen the graph run: a cache that a projection is written to requires gradients afterwards.
+    return value.requires_grad_(given.requires_grad) if isinstance(given, torch.Tensor) else value
 
 
 def _refake(value: Any, fake_mode: _compat.FakeTensorMode, name: str) -> Any:

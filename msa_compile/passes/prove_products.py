@@ -103,8 +103,11 @@ def _run(
         given[node] = torch.randn(shape, generator=generator, dtype=torch.float32).to(node.meta["val"].dtype)
     for term in attention.mask:
         given[term.node] = _random_mask(term.node, term.kind, sizes, generator)
-    inner, boundary = facts.makers(attention.output, attention.output, stop=lambda node: node in given)
-    runnable = {node for node in boundary if is_runnable(node)}
+    # What was written to a cache before it was read is in the value that is given.
+    settled = {write for node in given for write in facts.writes(node, node)}
+    known = settled.union(given)
+    inner, boundary = facts.makers(attention.output, attention.output, stop=lambda node: node in known)
+    runnable = {node for node in boundary - settled if is_runnable(node)}
     try:
         result = replay(facts, inner | runnable, given, sizes, attention.output)
     except ReplayError:

@@ -9,21 +9,15 @@ from torch.fx import Node
 
 from msa_compile.passes.attention import MaskTerm, Refused
 from msa_compile.passes.graph_facts import GraphFacts, argument, is_noop, is_op, tensor_value
+from msa_compile.passes.read_mask import mask_term
 from msa_compile.passes.replay import ReplayError, is_runnable, replay
 from msa_compile.records import Reason
 
 aten = torch.ops.aten
 PRODUCTS = (aten.matmul, aten.bmm, aten.baddbmm, aten.einsum)
 PASS_THROUGH = (
-    aten.to,
-    aten._to_copy,
-    aten.type_as,
-    aten.contiguous,
-    aten.clone,
-    aten.alias,
-    aten.detach,
-    aten.lift_fresh_copy,
-)
+    aten.to, aten._to_copy, aten.type_as, aten.contiguous, aten.clone, aten.alias, aten.detach, aten.lift_fresh_copy,
+)  # fmt: skip
 RESHAPE = (aten.view, aten.reshape, aten._unsafe_view)
 ELEMENTWISE = (
     *PASS_THROUGH, *RESHAPE, aten.add, aten.sub, aten.mul, aten.div, aten.tanh, aten.masked_fill, aten.where, aten.cat,
@@ -112,7 +106,7 @@ class ScoreReader:
             return None
         if self.softcap is not None:
             raise Refused(Reason.UNKNOWN_FORM, "a mask is added under the softcap")
-        self.mask.append(MaskTerm(right, "additive"))
+        self.mask.append(mask_term(right, "additive"))
         return left
 
     def _hide(self, scores: object, mask: object, fill: object, kind: str) -> Node | None:
@@ -121,7 +115,7 @@ class ScoreReader:
             return None
         if number > HIDDEN:
             raise Refused(Reason.UNKNOWN_FORM, f"scores are replaced by {number}, which does not hide them")
-        self.mask.append(MaskTerm(mask, kind))  # type: ignore[arg-type]
+        self.mask.append(mask_term(mask, kind))  # type: ignore[arg-type]
         return scores
 
     def _sinks(self, node: Node) -> Node | None:

@@ -187,6 +187,31 @@ def test_checkpointing_recomputes_sparse_attention_and_keeps_gradients(inner, sp
         torch.testing.assert_close(parameter.grad, grad, atol=1e-3, rtol=1e-4)
 
 
+class _Cached(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.ParameterList([torch.nn.Parameter(x) for x in weights()])
+        self.register_buffer("keys", torch.zeros(3, 2, 20, 8))
+
+    def forward(self, x):
+        q, k, v = project(x, *self.w)
+        self.keys[: x.shape[0], :, : x.shape[1]] = k
+        k = self.keys[: x.shape[0], :, : x.shape[1]]
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def test_gradients_reach_keys_that_are_written_to_a_cache():
+    """Dynamo's own value of the cache requires gradients after its trace; the cache that comes in does not."""
+    grads = []
+    for compiled in (False, True):
+        model = _Cached()
+        run = torch.compile(model, backend=lambda gm, _: canonicalize(gm)) if compiled else model
+        run(tokens()).square().sum().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    assert all(grad is not None and grad.abs().max() > 0 for grad in grads[0])
+    torch.testing.assert_close(grads[1], grads[0])
+
+
 def test_flex_attention_with_a_mask_made_in_the_graph_is_refused_by_name():
     from torch.nn.attention.flex_attention import flex_attention
 
