@@ -24,7 +24,7 @@ PASS_THROUGH = (
     aten.detach,
     aten.lift_fresh_copy,
 )
-RESHAPE = (aten.view, aten.reshape, aten._unsafe_view)
+RESHAPE = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten)
 ELEMENTWISE = (
     *PASS_THROUGH, *RESHAPE, aten.add, aten.sub, aten.mul, aten.div, aten.tanh, aten.masked_fill, aten.where, aten.cat,
     aten.slice, aten.dropout, aten.add_, aten.mul_, aten.div_, aten.masked_fill_, aten.clamp, aten.permute,
