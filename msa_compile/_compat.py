@@ -12,13 +12,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch._C import _set_grad_enabled as set_grad_enabled
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnalysis
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
-from torch._higher_order_ops.wrap import tag_activation_checkpoint
+from torch._higher_order_ops.wrap import (
+    tag_activation_checkpoint,
+    wrap_with_autocast,
+    wrap_with_set_grad_enabled,
+)
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast as enter_autocast
+from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
@@ -43,15 +50,21 @@ __all__ = [
     "compile_isolated",
     "compiled_module_class",
     "disable_proxy_modes_tracing",
+    "enter_autocast",
+    "exit_autocast",
     "get_proxy_mode",
     "graph_inputs",
     "graphs_in",
+    "is_kept_by_module",
     "is_traceable_wrapper_subclass",
     "lookup_backend",
     "make_fx",
     "restore_paths",
+    "set_grad_enabled",
     "tag_activation_checkpoint",
     "track_tensor_tree",
+    "wrap_with_autocast",
+    "wrap_with_set_grad_enabled",
 ]
 
 # Shapes are dynamic, so one model needs few graphs; the limit only has to be out of reach of an honest workload.
@@ -93,6 +106,11 @@ def _source_name(source: Any) -> str:
 def graphs_in(gm: GraphModule) -> list[GraphModule]:
     """``gm`` and the bodies of its higher-order operators."""
     return [module for module in gm.modules() if isinstance(module, GraphModule)]
+
+
+def is_kept_by_module(source: object) -> bool:
+    """Whether Dynamo's source of an input, which may be ``None``, is a parameter or buffer of a module."""
+    return source is not None and any(mark in _source_name(source) for mark in ("_parameters", "_buffers"))
 
 
 _INPUT = re.compile(r"^L\['(\w+)'\]((?:\._modules\['[^']+'\])*)\._(?:parameters|buffers)\['[^']+'\]$")

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from msa_compile._compat import compiled_module_class
 from msa_compile.backend import MSABackend, check_inner, check_strict
@@ -31,6 +32,7 @@ from msa_compile.errors import (
     NotAModuleError,
     NotSparseError,
 )
+from msa_compile.passes.pipeline import run_passes
 from msa_compile.report import Report, build_report
 from msa_compile.runtime import (
     Door,
@@ -172,11 +174,12 @@ def dense(model: Model) -> Iterator[Model]:
         yield model
 
 
-def explain(model: nn.Module, *args: Any, config: MSAConfig | None = None, **kwargs: Any) -> Report:
+def explain(model: nn.Module | ExportedProgram, *args: Any, config: MSAConfig | None = None, **kwargs: Any) -> Report:
     """Say what this package finds in a model and what it does about it; changes nothing.
 
     Args:
-        model: A plain or a sparsified model.
+        model: A plain or a sparsified model, or a program that ``torch.export.export`` made of a plain one; the latter
+            is examined as it is, without arguments.
         *args: Arguments of a call to examine, on fake tensors. Without any, a sparsified model reports the graphs that
             it has compiled, and a transformers model is examined on its own dummy inputs.
         config: For a plain model; a sparsified one has its own.
@@ -187,9 +190,15 @@ def explain(model: nn.Module, *args: Any, config: MSAConfig | None = None, **kwa
 
     Raises:
         ExampleInputsError: Nothing to examine the model with, or arguments that do not fit ``model.forward``.
-        CaptureError: The model cannot be captured.
+        CaptureError: The model cannot be captured, or the program was decomposed.
         AlreadySparseError: ``config`` is given and the model is sparsified with another one.
     """
+    if isinstance(model, ExportedProgram):
+        if args or kwargs:
+            raise ExampleInputsError("an exported program is examined as it is: explain(program), without arguments")
+        config = MSAConfig() if config is None else config
+        record = run_passes(model, config, {}, rewrite=False).record
+        return build_report([record], config, {}, sparsified=False)
     model = getattr(model, "_orig_mod", model) if isinstance(model, compiled_module_class()) else model
     door = door_of(model)
     assert door is None or isinstance(door, SparseDoor), "there is one kind of door"

@@ -172,3 +172,40 @@ def test_a_source_of_a_constant_has_a_name_and_a_restart_is_no_ordinary_failure(
     assert (name() if callable(name) else name) == "_tensor_constant0"
     assert issubclass(_compat.TensorifyScalarRestartAnalysis, Exception)
     assert not issubclass(_compat.TensorifyScalarRestartAnalysis, _compat.BackendCompilerFailed)
+
+
+def test_the_source_of_an_input_tells_whether_a_module_keeps_it():
+    model = nn.BatchNorm1d(3).eval()
+    [(gm, _)] = capture(lambda module, x: module(x), model, torch.zeros(2, 3))
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    kept = [_compat.is_kept_by_module(getattr(node, "_dynamo_source", None)) for node in inputs]
+    assert kept.count(True) == 4, "weight, bias, running mean and variance"
+    assert kept.count(False) == len(inputs) - 4 >= 1
+    assert not _compat.is_kept_by_module(None)
+
+
+def test_export_makes_regions_bodies_of_operators_and_a_trace_makes_them_calls():
+    class Regions(nn.Module):
+        def forward(self, x):
+            with torch.no_grad():
+                x = x.sin()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return x @ x
+
+    x = torch.zeros(3, 3)
+    program = torch.export.export(Regions(), (x,))
+    nodes = {node.target: node for node in program.graph.nodes}
+    enabled, body, _ = nodes[_compat.wrap_with_set_grad_enabled].args
+    assert enabled is False
+    assert isinstance(getattr(program.graph_module, body.target), torch.fx.GraphModule)
+    *mode, body, _ = nodes[_compat.wrap_with_autocast].args
+    assert mode[:3] == ["cpu", torch.bfloat16, True]
+    assert len(mode) == 4
+    assert isinstance(getattr(program.graph_module, body.target), torch.fx.GraphModule)
+
+    traced = _compat.make_fx(Regions(), pre_dispatch=True)(x)
+    calls = [(node.target, node.args) for node in traced.graph.nodes if node.op == "call_function"]
+    targets = [target for target, _ in calls]
+    assert [args for target, args in calls if target is _compat.set_grad_enabled] == [(False,), (True,)]
+    assert len(calls[targets.index(_compat.enter_autocast)][1]) == 4
+    assert _compat.exit_autocast in targets

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from msa_compile import _compat
 from msa_compile.errors import CaptureError
+from msa_compile.passes.graph_facts import OWNED, is_op, tensor_value
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +51,16 @@ def canonicalize(gm: GraphModule) -> GraphModule:
             f"the captured graph could not be re-traced to ATen: {type(error).__name__}: {error}. "
             "Report this with the model's code; `msa_compile.unsparsify(model)` gives the dense model back."
         ) from error
+    untie_types(traced)
     traced.meta.update(gm.meta)
     _copy_sources(gm, traced)
     for old, new in zip(placeholders, [n for n in traced.graph.nodes if n.op == "placeholder"], strict=True):
         # AOTAutograd reads sources and static-address marks from here.
-        new.meta = {**old.meta, "val": new.meta.get("val", old.meta.get("example_value"))}
+        new.meta = {
+            **old.meta,
+            "val": new.meta.get("val", old.meta.get("example_value")),
+            OWNED: _compat.is_kept_by_module(getattr(old, "_dynamo_source", None)),
+        }
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
         new.target = old.target
@@ -64,6 +70,15 @@ def canonicalize(gm: GraphModule) -> GraphModule:
         setattr(traced, retracer.renamed[name], canonicalize(body))
     traced.recompile()
     return traced
+
+
+def untie_types(gm: GraphModule) -> None:
+    """Spell ``a.type_as(b)`` without ``b``: only its dtype matters, and it would tie a mask to the activations."""
+    for node in gm.graph.nodes:
+        if is_op(node, torch.ops.aten.type_as):
+            value, other = tensor_value(node.args[0]), tensor_value(node.args[1])
+            if value is not None and other is not None and value.device == other.device:
+                node.target, node.args = torch.ops.aten.to.dtype, (node.args[0], other.dtype)
 
 
 def _copy_sources(gm: GraphModule, traced: GraphModule) -> None:
@@ -142,10 +157,7 @@ class _Retracer(Interpreter):
         return super().run_node(n)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A method of a torch-level graph, with two that ATen would make more of than they say."""
-        if target == "type_as" and args[0].device == args[1].device:
-            # Only the dtype of the other tensor matters; as an argument it would tie a mask to the activations.
-            return args[0].to(args[1].dtype)
+        """A method of a torch-level graph, with one whose result Dynamo may know."""
         if target == "item" and self._node is not None and isinstance(args[0], torch.Tensor):
             # dynamic=True hands Python floats in as 0-d tensors; Dynamo knows the value of their .item().
             known = self._node.meta.get("example_value")

@@ -10,6 +10,9 @@ from torch.fx import Graph, Node
 
 from msa_compile._compat import OpOverload
 
+# Metadata of a placeholder, written by both captures: whether the model keeps it as a parameter or buffer.
+OWNED = "msa_owned"
+
 
 class GraphFacts:
     """Alias and mutation facts of a graph, computed once.
@@ -65,8 +68,8 @@ class GraphFacts:
         """All nodes that ``node``, as read by ``reader``, is made from.
 
         Returns:
-            ``(inner, boundary)``: nodes walked through, and nodes where ``stop`` held or that have no inputs. The walk
-            follows arguments and earlier in-place writes.
+            ``(inner, boundary)``: nodes walked through, and nodes where ``stop`` held, that have no inputs, or that are
+            sizes of tensors. The walk follows arguments and earlier in-place writes.
         """
         inner: set[Node] = set()
         boundary: set[Node] = set()
@@ -82,8 +85,8 @@ class GraphFacts:
                 boundary.add(current)
                 continue
             pending.extend((write, before) for write in self.writes(current, before) if write is not current)
-            if not current.all_input_nodes:
-                boundary.add(current)
+            if not current.all_input_nodes or is_op(current, torch.ops.aten.sym_size):
+                boundary.add(current)  # a size says nothing of what its tensor holds
                 continue
             inner.add(current)
             for source in current.all_input_nodes:
@@ -103,6 +106,11 @@ def tensor_value(node: object) -> torch.Tensor | None:
         return None
     value = node.meta.get("val")
     return value if isinstance(value, torch.Tensor) else None
+
+
+def is_owned(node: Node) -> bool:
+    """Whether an input is a parameter or buffer of the model."""
+    return bool(node.meta.get(OWNED, False))
 
 
 def is_op(node: object, *ops: object) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from msa_compile.passes.attention import Attention, Heads, MaskTerm, Refused
-from msa_compile.passes.graph_facts import GraphFacts, is_op, tensor_value
+from msa_compile.passes.graph_facts import GraphFacts, is_op, is_owned, tensor_value
 from msa_compile.passes.replay import expression, is_runnable
 from msa_compile.records import Reason
 
@@ -54,20 +54,12 @@ def lift_mask(facts: GraphFacts, attention: Attention, query: Heads, key: Heads)
 def _is_row_of_batch(leaf: Node, query: Heads, key: Heads) -> bool:
     """Whether ``leaf`` is an input ``[B, T]``: a triangle ``[T, T]`` handed in or kept by the model is no padding."""
     value = tensor_value(leaf)
-    if value is None or value.dim() != 2 or leaf.op != "placeholder" or _is_owned(leaf):
+    if value is None or value.dim() != 2 or leaf.op != "placeholder" or is_owned(leaf):
         return False
     rows = expression(value.shape[0])
     # An input may have a batch symbol of its own, which nothing in the graph ties to the queries' batch.
     own = rows.is_Symbol and rows not in expression(query.length).free_symbols | expression(key.length).free_symbols
     return bool(own or rows == expression(query.batch))
-
-
-def _is_owned(leaf: Node) -> bool:
-    """Whether a placeholder is a parameter or buffer of the model."""
-    source = getattr(leaf, "_dynamo_source", None)
-    name = getattr(source, "name", "")
-    name = name() if callable(name) else name  # a method before torch 2.12
-    return any(mark in name for mark in ("_parameters", "_buffers"))
 
 
 def _is_read_as_truth(node: Node, inner: set[Node]) -> bool:
@@ -135,7 +127,7 @@ def _is_handed_in_mask(leaf: Node, term: Node) -> bool:
     Its values are checked when they arrive (``msa::visible``).
     """
     value = tensor_value(leaf)
-    if value is None or value.dim() < 2 or _is_owned(leaf) or value.requires_grad:
+    if value is None or value.dim() < 2 or is_owned(leaf) or value.requires_grad:
         return False
     node = term
     while node is not leaf:

@@ -8,11 +8,13 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from msa_compile._compat import HigherOrderOperator
 from msa_compile.config import MSAConfig
 from msa_compile.passes.canonicalize import TRANSPARENT_BODIES, canonicalize
+from msa_compile.passes.canonicalize_exported import canonicalize_exported
 from msa_compile.passes.detect_attention import detect_attention
 from msa_compile.passes.eliminate_dead_code import eliminate_dead_code
 from msa_compile.passes.plan_sites import plan_sites
@@ -32,23 +34,31 @@ class PassResult:
 
 
 def run_passes(
-    gm: GraphModule, config: MSAConfig, windows: dict[str, int], *, after: str = "", rewrite: bool = True
+    captured: GraphModule | ExportedProgram,
+    config: MSAConfig,
+    windows: dict[str, int],
+    *,
+    after: str = "",
+    rewrite: bool = True,
 ) -> PassResult:
-    """Canonicalize a Dynamo graph, find its attention, and make it sparse.
+    """Canonicalize a captured graph, find its attention, and make it sparse.
 
     Args:
-        gm: A graph from Dynamo; not changed.
+        captured: A graph from Dynamo, or an exported program; not changed.
         config: What the user asks for.
         windows: Sliding windows known of sites, shared between the graphs of one model.
         after: The graph break that this graph comes after, ``GraphRecord.graph_break`` of the one before.
         rewrite: Whether to rewrite, or only to report.
 
     Raises:
-        CaptureError: If the graph cannot be re-traced.
+        CaptureError: If the graph cannot be brought into the canonical form.
         GraphError: If the result breaks an invariant; a bug of this package.
     """
     started = time.perf_counter()
-    canonical = canonicalize(gm)
+    if isinstance(captured, ExportedProgram):
+        gm, canonical = captured.graph_module, canonicalize_exported(captured)
+    else:
+        gm, canonical = captured, canonicalize(captured)
     traced = time.perf_counter()
     sites: list[Site] = []
     for body in _bodies(canonical):

@@ -12,7 +12,7 @@ from msa_compile.passes.graph_facts import is_op, tensor_value
 from msa_compile.passes.replay import expression
 
 aten = torch.ops.aten
-_MERGES = (aten.view, aten.reshape, aten._unsafe_view)
+_MERGES = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten)
 _NOT = (aten.bitwise_not, aten.logical_not)
 
 

@@ -18,7 +18,7 @@ PRODUCTS = (aten.matmul, aten.bmm, aten.baddbmm, aten.einsum)
 PASS_THROUGH = (
     aten.to, aten._to_copy, aten.type_as, aten.contiguous, aten.clone, aten.alias, aten.detach, aten.lift_fresh_copy,
 )  # fmt: skip
-RESHAPE = (aten.view, aten.reshape, aten._unsafe_view)
+RESHAPE = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten)
 ELEMENTWISE = (
     *PASS_THROUGH, *RESHAPE, aten.add, aten.sub, aten.mul, aten.div, aten.tanh, aten.masked_fill, aten.where, aten.cat,
     aten.slice, aten.dropout, aten.add_, aten.mul_, aten.div_, aten.masked_fill_, aten.clamp, aten.permute,

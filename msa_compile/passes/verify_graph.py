@@ -8,7 +8,7 @@ from msa_compile.errors import GraphError
 
 
 def verify_graph(after: GraphModule, before: GraphModule) -> None:
-    """Check ``after`` against the Dynamo graph it was made from.
+    """Check ``after`` against the captured graph it was made from.
 
     Raises:
         GraphError: If a rule is broken; the message names the rule and the node.

@@ -8,7 +8,8 @@ import pytest
 from benchmarks.grammar.check import check_spelling
 from benchmarks.grammar.spellings import draw
 
-# The first ones, some that were wrong once (masks merged for a bmm, heads repeated from a slice of a cache), and words
+# The first ones, some that were wrong once (masks merged for a bmm, heads repeated from a slice of a cache), and some
+# for the words that these lack.
 SEEDS = [*range(36), 36, 44, 52, 73, 84, 88, 107, 128, 46, 86]
 
 

@@ -12,6 +12,7 @@ from msa_compile import _compat
 from msa_compile._compat import BackendCompilerFailed
 from msa_compile.errors import CaptureError
 from msa_compile.passes.canonicalize import canonicalize
+from msa_compile.passes.graph_facts import is_owned
 
 aten = torch.ops.aten
 SIZES = pytest.mark.parametrize("sizes", ["dynamic", "static", "all"])
@@ -70,6 +71,27 @@ def test_all_calls_are_aten_and_know_their_line_and_module(sizes):
     linear = captured.nodes(aten.linear)[0]
     assert "inner" in list(linear.meta["nn_module_stack"].values())[-1][0]
     assert "test_canonicalize.py" in captured.nodes(aten.relu)[0].meta["stack_trace"]
+
+
+def test_a_cast_to_the_type_of_another_tensor_does_not_read_it():
+    def function(x):
+        return torch.ones(3).half().type_as(x), torch.Tensor.type_as(torch.ones(5), x), x.type_as(x)
+
+    captured = capture(function, tokens())
+    assert captured.nodes(aten.type_as) == []
+    casts = captured.nodes(aten.to.dtype)[-3:]
+    assert [node.args[1] for node in casts] == [torch.float32] * 3
+    [x] = [node for node in placeholders(captured.canonical) if isinstance(node.meta["val"], torch.Tensor)]
+    assert list(x.users) == [casts[-1]]
+
+
+def test_inputs_that_the_model_keeps_are_told_from_those_handed_in():
+    model = torch.nn.BatchNorm1d(13).eval()
+    model.handed_over = torch.ones(16)
+    captured = capture(lambda x: model(x) * model.handed_over, tokens())
+    kept = {node.name for node in placeholders(captured.canonical) if is_owned(node)}
+    assert len(kept) == 4, "weight, bias, running mean and variance"
+    assert not any("handed_over" in name or "_x_" in name for name in kept)
 
 
 def test_multi_head_attention_opens_into_one_sdpa():

@@ -122,6 +122,21 @@ def test_makers_stop_where_they_are_told():
     assert captured.nodes(aten.sin)[0] in inner
 
 
+def test_what_has_the_size_of_a_tensor_is_not_made_from_the_tensor():
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return torch.arange(x.shape[1]) * 2 + x[0, 0, 0]
+
+    # A Dynamo graph is handed its sizes; an exported one asks its tensors.
+    graph = torch.export.export(Model(), (tokens(),), dynamic_shapes=({1: torch.export.Dim("T")},)).graph
+    facts = GraphFacts(graph)
+    [double] = [node for node in graph.nodes if is_op(node, aten.mul)]
+    [size] = [node for node in graph.nodes if is_op(node, aten.sym_size)]
+    inner, boundary = facts.makers(double, double)
+    assert boundary == {size}
+    assert double in inner
+
+
 def test_ordered_is_the_order_of_the_graph():
     captured = capture(lambda x: x.relu().sin().cos().tanh(), tokens())
     nodes = list(captured.graph.nodes)

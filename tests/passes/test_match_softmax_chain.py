@@ -46,6 +46,13 @@ def with_sinks_and_shift(scores):
     return (both - both.max(-1, keepdim=True).values).softmax(-1)[..., :-1]
 
 
+def folded(q, k, v):
+    """Heads in the batch, by `flatten` and `unflatten`."""
+    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT) * SCALE
+    weights = scores.unflatten(0, q.shape[:2]).masked_fill(hidden(scores), -math.inf).softmax(-1)
+    return torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).unflatten(0, q.shape[:2])
+
+
 READ = {
     "multiplied": (chain(scaled), SCALE),
     "multiplied on the left": (chain(lambda q, k: 0.3 * (q @ k.mT)), 0.3),
@@ -77,6 +84,7 @@ READ = {
     "softcap, other factor outside": (chain(lambda q, k: 3.0 * torch.tanh(q @ k.mT * 0.25)), 0.75),
     "sinks": (chain(scaled, soft=with_sinks), SCALE),
     "sinks, shifted": (chain(scaled, soft=with_sinks_and_shift), SCALE),
+    "heads folded into the batch": (function_of(folded), SCALE),
 }
 del READ["where"]
 
