@@ -1,0 +1,52 @@
+"""Architectures of different forms, as the census checks them all (`make census`, `benchmarks/results/census.md`)."""
+
+import logging
+
+import pytest
+import torch
+
+from benchmarks.census.check import check_architecture
+
+pytest.importorskip("transformers")
+
+# Sparse sites, and reasons of the others.
+EXPECTED = {
+    "bart": (2, {"cross_attention": 2}),
+    "codegen": (2, {}),
+    "cohere2": (1, {"sliding_window": 1}),
+    "dbrx": (2, {}),
+    "deepseek_v3": (0, {"latent_attention": 2}),
+    "diffllama": (0, {"head_layout": 4}),
+    "falcon": (2, {}),
+    "gemma3n_text": (1, {"sliding_window": 1}),
+    "glm4": (2, {}),
+    "gpt_bigcode": (2, {}),
+    "gpt_neox": (2, {}),
+    "gptj": (2, {}),
+    "llama4": (2, {}),
+    "minimax_m3_vl_text": (1, {"data_dependent_mask": 1}),
+    "mpt": (0, {"attention_bias": 2}),
+    "olmo2": (2, {}),
+    "persimmon": (2, {}),
+    "qwen3_next": (1, {}),
+    "stablelm": (2, {}),
+    "zamba2": (1, {}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_quiet_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # refusals and compilers are what is expected here
+    torch._dynamo.reset()
+    yield
+    logging.disable(logging.NOTSET)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_an_architecture_is_found_and_right(name):
+    row = check_architecture(name)
+    assert row.right, row
+    assert (row.sparse, row.dense) == EXPECTED[name]
