@@ -37,6 +37,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
+    "WEAK_DYNAMIC",
     "BackendCompilerFailed",
     "ConstantSource",
     "FakeCopyMode",
@@ -63,6 +64,7 @@ __all__ = [
     "set_grad_enabled",
     "tag_activation_checkpoint",
     "track_tensor_tree",
+    "trains_subclasses",
     "wrap_with_autocast",
     "wrap_with_set_grad_enabled",
 ]
@@ -70,18 +72,36 @@ __all__ = [
 # Shapes are dynamic, so one model needs few graphs; the limit only has to be out of reach of an honest workload.
 _RECOMPILE_LIMIT = 256
 
+# Where `maybe_mark_dynamic` keeps the dimensions of a tensor that it was told of.
+WEAK_DYNAMIC = "_dynamo_weak_dynamic_indices"
 
-def compile_isolated(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+
+def compile_isolated(
+    function: Callable[..., Any], backend: Callable[..., Any], *, static: bool = False
+) -> Callable[..., Any]:
     """``torch.compile`` with a cache of its own, so that two models of one class never share Dynamo's recompile limit.
 
     torch 2.13 has ``isolate_recompiles`` and ``recompile_limit``; older versions get the isolation of the caller's
-    fresh code object alone.
+    fresh code object alone. With ``static``, every size is a constant of its graph.
     """
     supported = inspect.signature(torch.compile).parameters
     wanted: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": _RECOMPILE_LIMIT}
     options = {name: value for name, value in wanted.items() if name in supported}
-    compiled: Callable[..., Any] = torch.compile(function, backend=backend, dynamic=None, **options)
+    compiled: Callable[..., Any] = torch.compile(
+        function, backend=backend, dynamic=False if static else None, **options
+    )
     return compiled
+
+
+def trains_subclasses(model: torch.nn.Module) -> bool:
+    """Whether a call now would record gradients of tensor subclasses (DTensor): its sizes must be constants then.
+
+    AOTAutograd's backward over a DTensor with an open length recurses without end, in plain ``torch.compile`` too
+    (tried on torch 2.13; inference is sound).
+    """
+    if not torch.is_grad_enabled():
+        return False
+    return any(entry.requires_grad and is_traceable_wrapper_subclass(entry) for entry in model.parameters())
 
 
 def compiled_module_class() -> type[torch.nn.Module]:

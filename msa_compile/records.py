@@ -25,6 +25,7 @@ class Reason(Enum):
     WEIGHTS_USED = "weights_used"
     UNKNOWN_FORM = "unknown_form"
     CACHE_WRITE = "cache_write"
+    TENSOR_SUBCLASS = "tensor_subclass"
     NOT_CAPTURED = "not_captured"
 
     @property
@@ -49,6 +50,7 @@ _SENTENCES = {
     Reason.WEIGHTS_USED: "the attention probabilities themselves are used outside the attention",
     Reason.UNKNOWN_FORM: "softmax attention in a form that is not recognised",
     Reason.CACHE_WRITE: "the key or value cache is written between its read and the attention",
+    Reason.TENSOR_SUBCLASS: "the attention itself runs on a tensor subclass (DTensor), not on each rank's local heads",
     Reason.NOT_CAPTURED: "the attention was cut by a graph break or ran outside the captured graph",
 }
 

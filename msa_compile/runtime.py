@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from msa_compile._compat import BackendCompilerFailed, compile_isolated, graphs_in
+from msa_compile._compat import WEAK_DYNAMIC, BackendCompilerFailed, compile_isolated, graphs_in, trains_subclasses
 from msa_compile.errors import DataParallelError, ExportNotSparseError, MSAError
 
 log = logging.getLogger(__name__)
@@ -167,8 +167,9 @@ class Door(abc.ABC):
                 "purpose, export inside `with msa_compile.dense(model):`."
             )
         self.before_call(args, kwargs)
-        compiled = self._compiled_for(kwargs)
-        mark_dynamic((args, kwargs))
+        static = trains_subclasses(self.module)
+        compiled = self._compiled_for(kwargs, static=static)
+        mark_dynamic((args, kwargs), off=static)
         try:
             out = compiled(self.module, *args, **kwargs)
         except BackendCompilerFailed as failure:
@@ -178,14 +179,15 @@ class Door(abc.ABC):
         self.after_call()
         return out
 
-    def _compiled_for(self, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
+    def _compiled_for(self, kwargs: Mapping[str, Any], *, static: bool) -> Callable[..., Any]:
         """One compiled function for each kind of call, so that the kinds do not use up each other's recompile limit."""
-        kind = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), self.module.training, *sorted(kwargs))
+        modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), self.module.training, static)
+        kind = (*modes, *sorted(kwargs))
         with self._lock:
             if kind not in self._compiled:
                 if self.backend is None:
                     self.backend = self.new_backend()
-                self._compiled[kind] = compile_isolated(fresh_trampoline(self.original), self.backend)
+                self._compiled[kind] = compile_isolated(fresh_trampoline(self.original), self.backend, static=static)
             return self._compiled[kind]
 
 
@@ -211,17 +213,23 @@ def fresh_trampoline(original: Callable[..., Any] | None) -> Callable[..., Any]:
     return types.FunctionType(code, globals(), name, trampoline.__defaults__, trampoline.__closure__)
 
 
-def mark_dynamic(value: Any) -> None:
+def mark_dynamic(value: Any, *, off: bool = False) -> None:
     """Hint to Dynamo that batch and sequence of every tensor in ``value`` vary; a weak hint, never an error.
 
     Positions are ``[T]``, token tensors ``[B, T]``, hidden states ``[B, T, C]``, masks ``[B, 1, Tq, Tk]``, cache
     entries ``[B, H, T, D]``. Without it the first two lengths would each cost a compilation.
+
+    Args:
+        value: Arguments of a call.
+        off: Take the hints away instead; a tensor keeps those of an earlier call.
     """
     for tensor in _tensors(value, depth=5, seen=set()):
         is_float = tensor.dtype.is_floating_point
         open_dims = {1: () if is_float else (0,), 2: (0, 1), 3: (0, 1), 4: (0, 2) if is_float else (0, 2, 3)}
         for dim in open_dims.get(tensor.dim(), ()):
-            if tensor.shape[dim] > 1:
+            if off:
+                getattr(tensor, WEAK_DYNAMIC, set()).discard(dim)
+            elif tensor.shape[dim] > 1:
                 torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 

@@ -209,3 +209,21 @@ def test_export_makes_regions_bodies_of_operators_and_a_trace_makes_them_calls()
     assert [args for target, args in calls if target is _compat.set_grad_enabled] == [(False,), (True,)]
     assert len(calls[targets.index(_compat.enter_autocast)][1]) == 4
     assert _compat.exit_autocast in targets
+
+
+def test_a_hint_of_a_dynamic_size_can_be_taken_back():
+    tensor = torch.zeros(3, 4)
+    torch._dynamo.maybe_mark_dynamic(tensor, 1)
+    assert getattr(tensor, _compat.WEAK_DYNAMIC) == {1}
+
+
+def test_training_of_a_subclass_is_told_from_everything_else():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model, plain = nn.Linear(2, 2), nn.Linear(2, 2)
+    model.weight = nn.Parameter(TwoTensor(torch.zeros(2, 2), torch.zeros(2, 2)))
+    assert _compat.trains_subclasses(model)
+    assert not _compat.trains_subclasses(plain)
+    with torch.no_grad():
+        assert not _compat.trains_subclasses(model)
+    assert not _compat.trains_subclasses(model.requires_grad_(False))

@@ -2,7 +2,7 @@
 
 The trace keeps node metadata, runs above autograd (so training works), and leaves every higher-order operator as an
 opaque call: executing one here would inline it and lose custom gradients or checkpointing. Bodies that may hold
-attention are re-traced apart.
+attention are re-traced apart. Calls on tensor subclasses stay opaque too, see ``keep_subclasses``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from msa_compile import _compat
 from msa_compile.errors import CaptureError
 from msa_compile.passes.graph_facts import OWNED, is_op, tensor_value
+from msa_compile.passes.keep_subclasses import Kept, holds_subclass, must_keep, unkept
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def canonicalize(gm: GraphModule) -> GraphModule:
         gm: A graph from Dynamo; each placeholder has ``meta["example_value"]``.
 
     Raises:
-        CaptureError: If the graph holds what cannot be re-traced (tensor subclasses) or the trace fails.
+        CaptureError: If the trace fails.
     """
     fake_mode = _fake_mode_of(gm)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -92,7 +93,7 @@ def _copy_sources(gm: GraphModule, traced: GraphModule) -> None:
 
 def _as_function(interpreter: Interpreter) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        return interpreter.run(*args)
+        return unkept(interpreter.run(*args))
 
     return run
 
@@ -110,21 +111,19 @@ def _fake_mode_of(gm: GraphModule) -> _compat.FakeTensorMode:
 
 def _input(node: Node, fake_mode: _compat.FakeTensorMode) -> Any:
     """What stands for a placeholder in the re-trace."""
-    value = _refake(node.meta.get("example_value"), fake_mode, node.name)
+    value = node.meta.get("example_value")
+    if holds_subclass(value):
+        return Kept(value)
+    value = _refake(value, fake_mode)
     given = getattr(node.meta.get("grapharg"), "example", None)
     # Dynamo's own value has seen the graph run: a cache that a projection is written to requires gradients afterwards.
     return value.requires_grad_(given.requires_grad) if isinstance(given, torch.Tensor) else value
 
 
-def _refake(value: Any, fake_mode: _compat.FakeTensorMode, name: str) -> Any:
+def _refake(value: Any, fake_mode: _compat.FakeTensorMode) -> Any:
     """``value`` in ``fake_mode``: Dynamo's example values belong to another mode of the same shape environment."""
     if not isinstance(value, torch.Tensor):
         return value
-    if _compat.is_traceable_wrapper_subclass(value):
-        raise CaptureError(
-            f"input {name} is a {type(value).__name__}; tensor subclasses (DTensor, quantised tensors) are not "
-            "supported in this version. Sparsify the model before it is distributed or quantised, or leave it dense."
-        )
     with fake_mode, _compat.disable_proxy_modes_tracing():
         fake = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
     return fake.requires_grad_(value.requires_grad) if value.requires_grad else fake
@@ -138,6 +137,7 @@ class _Retracer(Interpreter):
         self.fake_mode = fake_mode
         self.transparent_bodies: list[str] = []
         self.renamed: dict[str, str] = {}
+        self._inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
         self._node: Node | None = None
 
     def run_node(self, n: Node) -> Any:
@@ -147,14 +147,23 @@ class _Retracer(Interpreter):
                 f"the graph holds {n.target.__name__} of torch.func (a flex_attention mask or vmap inside the model): "  # type: ignore[union-attr]
                 "re-tracing would lose it. Make the mask outside of the forward, or leave the model dense."
             )
-        if n.op == "call_function" and isinstance(n.target, _compat.HigherOrderOperator):
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if isinstance(n.target, _compat.HigherOrderOperator) or must_keep(n, args, kwargs):
             return self._emit_opaque(n, args, kwargs)
         if n.op == "call_function" and n.target in _INFERENCE_MODE:
             # Executed here, the region would be lost from the trace.
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
             return _proxy_mode().tracer.create_proxy("call_function", n.target, args, kwargs)
         return super().run_node(n)
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """An input; one that is kept learns its name, by which alone the trace knows it."""
+        value = super().placeholder(target, args, kwargs)
+        if isinstance(value, Kept):
+            tracer = _proxy_mode().tracer
+            inputs = [node for node in tracer.graph.nodes if node.op == "placeholder"]
+            value.proxy = torch.fx.Proxy(inputs[self._inputs.index(self._node)], tracer)
+            value.proxy.node.meta["val"] = value.example
+        return value
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A method of a torch-level graph, with one whose result Dynamo may know."""
@@ -178,11 +187,13 @@ class _Retracer(Interpreter):
                 tracer.root.register_module(name, body)
                 if node.target in TRANSPARENT_BODIES:
                     self.transparent_bodies.append(name)
-        proxy_args, proxy_kwargs = pytree.tree_map(tracer.unwrap_proxy, (tuple(args), dict(kwargs)))
-        out = tracer.create_proxy("call_function", node.target, proxy_args, proxy_kwargs)
-        example = pytree.tree_map(
-            lambda value: _refake(value, self.fake_mode, node.name), node.meta.get("example_value")
-        )
+        proxy_args, proxy_kwargs = pytree.tree_map(tracer.unwrap_proxy, unkept((tuple(args), dict(kwargs))))
+        out = tracer.create_proxy(node.op, node.target, proxy_args, proxy_kwargs)
+        example = node.meta.get("example_value")
+        if holds_subclass(example):
+            out.node.meta["val"] = example
+            return Kept(example, out)
+        example = pytree.tree_map(lambda value: _refake(value, self.fake_mode), example)
         return _compat.track_tensor_tree(example, out, constant=None, tracer=tracer)
 
 

@@ -7,6 +7,7 @@ from torch.fx import Node
 
 from msa_compile.passes.attention import Attention, Refused
 from msa_compile.passes.graph_facts import GraphFacts, is_op, tensor_value
+from msa_compile.passes.keep_subclasses import is_kept_move, kept_projection
 from msa_compile.records import Reason
 
 aten = torch.ops.aten
@@ -58,6 +59,7 @@ def _hidden_states(facts: GraphFacts, node: Node, reader: Node) -> set[Node]:
 
 def _projected(node: Node) -> Node | None:
     """What a linear projection reads, or ``None`` for any other node."""
+    source: object
     if is_op(node, aten.linear, aten.mm):
         source = node.args[0]
     elif is_op(node, aten.addmm):
@@ -65,13 +67,13 @@ def _projected(node: Node) -> Node | None:
     elif is_op(node, aten.matmul) and (weight := tensor_value(node.args[1])) is not None and weight.dim() == 2:
         source = node.args[0]
     else:
-        return None
+        source = kept_projection(node)
     return source if isinstance(source, Node) else None
 
 
 def _unmoved(node: Node) -> Node:
     """``node`` before it was reshaped, cast or copied."""
-    while is_op(node, *_MOVES) and isinstance(node.args[0], Node):
+    while (is_op(node, *_MOVES) or is_kept_move(node)) and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 

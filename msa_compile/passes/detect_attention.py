@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 from msa_compile.passes.attention import Attention, Heads, MaskProof, OutputLayout, Refused
 from msa_compile.passes.check_projections import check_projections
 from msa_compile.passes.graph_facts import GraphFacts
+from msa_compile.passes.keep_subclasses import is_kept_attention
 from msa_compile.passes.match_sdpa import is_sdpa, match_sdpa
 from msa_compile.passes.match_softmax_chain import is_softmax, match_softmax_chain
 from msa_compile.passes.prove_heads import prove_heads
@@ -78,6 +79,8 @@ def _detect(facts: GraphFacts, node: Node, seen: dict[str, int]) -> Found | None
     heads = (0, 0, 0)
     proved: Proved | None = None
     try:
+        if is_kept_attention(node):
+            raise Refused(Reason.TENSOR_SUBCLASS, f"{node} runs on {type(node.meta['val']).__name__}")
         if is_sdpa(node):
             attention = match_sdpa(node)
         elif is_softmax(node):

@@ -12,7 +12,9 @@ from msa_compile import _compat
 from msa_compile._compat import BackendCompilerFailed
 from msa_compile.errors import CaptureError
 from msa_compile.passes.canonicalize import canonicalize
+from msa_compile.passes.detect_attention import detect_attention
 from msa_compile.passes.graph_facts import is_owned
+from msa_compile.records import Reason
 
 aten = torch.ops.aten
 SIZES = pytest.mark.parametrize("sizes", ["dynamic", "static", "all"])
@@ -306,25 +308,32 @@ def _half(x, attend):
         return attend(x, weights())
 
 
-def test_a_tensor_subclass_is_refused_in_words():
+def _two(tensor):
     from torch.testing._internal.two_tensor import TwoTensor
 
-    def function(x):
-        return x * 2
+    return TwoTensor(tensor, tensor.clone())
 
-    errors = []
 
-    def record(gm, example_inputs):
-        try:
-            canonicalize(gm)
-        except CaptureError as error:
-            errors.append(str(error))
-        return gm
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_calls_on_a_tensor_subclass_stay_as_they_are_around_a_sparse_site(inner, sparse_calls):
+    def function(x, w, scale):
+        return attend(x, w), (scale * 2).chunk(2)[1]
 
-    torch.compile(function, backend=record)(TwoTensor(tokens(), tokens()))
-    assert len(errors) == 1
-    assert "TwoTensor" in errors[0]
-    assert "not supported" in errors[0]
+    scale = _two(torch.arange(4.0))
+    expected = function(tokens(), weights(), scale)
+    dense = torch.compile(function, backend="eager")(tokens(), weights(), scale)
+    got = sparse(function, inner=inner)(tokens(), weights(), scale)
+    assert len(sparse_calls) == 1
+    torch.testing.assert_close(got[0], expected[0], atol=1e-4, rtol=1e-4)
+    assert type(got[1]) is type(dense[1]) is type(scale)
+    assert torch.equal(got[1].a, expected[1].a)
+
+
+def test_attention_on_a_tensor_subclass_itself_is_refused():
+    captured = capture(attend, _two(tokens()), weights())
+    [found] = detect_attention(captured.canonical.graph)
+    assert found.reason is Reason.TENSOR_SUBCLASS
+    assert "TwoTensor" in found.detail
 
 
 @SIZES

@@ -90,12 +90,12 @@ def small(*breaks: str, seed: int = 0) -> Small:
     return Small(breaks or ("",) * LAYERS).eval()
 
 
-def llama(seed: int = 0) -> transformers.LlamaForCausalLM:
+def llama(seed: int = 0, layers: int = LAYERS) -> transformers.LlamaForCausalLM:
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         hidden_size=64,
         intermediate_size=64,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=2,
         vocab_size=VOCAB,
