@@ -15,7 +15,17 @@ import torch
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnalysis
 from torch._dynamo.source import ConstantSource
+from torch._functorch.predispatch import (
+    _vmap_decrement_nesting as vmap_decrement_nesting,
+)
+from torch._functorch.predispatch import (
+    _vmap_increment_nesting as vmap_increment_nesting,
+)
+from torch._functorch.predispatch import (
+    lazy_load_decompositions,
+)
 from torch._guards import TracingContext
+from torch._higher_order_ops.flex_attention import flex_attention
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
@@ -43,15 +53,19 @@ __all__ = [
     "compile_isolated",
     "compiled_module_class",
     "disable_proxy_modes_tracing",
+    "flex_attention",
     "get_proxy_mode",
     "graph_inputs",
     "graphs_in",
     "is_traceable_wrapper_subclass",
+    "lazy_load_decompositions",
     "lookup_backend",
     "make_fx",
     "restore_paths",
     "tag_activation_checkpoint",
     "track_tensor_tree",
+    "vmap_decrement_nesting",
+    "vmap_increment_nesting",
 ]
 
 # Shapes are dynamic, so one model needs few graphs; the limit only has to be out of reach of an honest workload.

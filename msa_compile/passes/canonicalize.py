@@ -18,12 +18,15 @@ from torch.utils import _pytree as pytree
 
 from msa_compile import _compat
 from msa_compile.errors import CaptureError
+from msa_compile.passes.flatten_vmap import flatten_vmap
+from msa_compile.passes.spell_block_masks import spell_block_masks
 
 log = logging.getLogger(__name__)
 
 # Bodies of these run exactly once, in place, so a site inside one is a site of the model.
 TRANSPARENT_BODIES = (_compat.tag_activation_checkpoint,)
 
+_FUNCTORCH = ("torch._functorch.predispatch", "torch._C._functorch")
 _INFERENCE_MODE = (torch.autograd.grad_mode._enter_inference_mode, torch.autograd.grad_mode._exit_inference_mode)
 
 
@@ -39,8 +42,10 @@ def canonicalize(gm: GraphModule) -> GraphModule:
     fake_mode = _fake_mode_of(gm)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     inputs = [_refake(node.meta.get("example_value"), fake_mode, node.name) for node in placeholders]
-    retracer = _Retracer(gm, fake_mode)
     try:
+        with fake_mode:
+            flat = flatten_vmap(gm, lambda node: _refake(node.meta.get("example_value"), fake_mode, node.name))
+        retracer = _Retracer(flat, fake_mode)
         with fake_mode, fx_traceback.preserve_node_meta():
             traced = _compat.make_fx(_as_function(retracer), pre_dispatch=True)(*inputs)
     except CaptureError:
@@ -50,6 +55,7 @@ def canonicalize(gm: GraphModule) -> GraphModule:
             f"the captured graph could not be re-traced to ATen: {type(error).__name__}: {error}. "
             "Report this with the model's code; `msa_compile.unsparsify(model)` gives the dense model back."
         ) from error
+    spell_block_masks(traced, fake_mode)
     traced.meta.update(gm.meta)
     _copy_sources(gm, traced)
     for old, new in zip(placeholders, [n for n in traced.graph.nodes if n.op == "placeholder"], strict=True):
@@ -119,14 +125,15 @@ class _Retracer(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         self._node = n
-        if getattr(n.target, "__module__", "") == "torch._functorch.predispatch":
+        if getattr(n.target, "__module__", "") in _FUNCTORCH:
             raise CaptureError(
-                f"the graph holds {n.target.__name__} of torch.func (a flex_attention mask or vmap inside the model): "  # type: ignore[union-attr]
-                "re-tracing would lose it. Make the mask outside of the forward, or leave the model dense."
+                f"the graph holds {n.target.__name__} of torch.func (grad or jvp inside the model): re-tracing would "  # type: ignore[union-attr]
+                "lose it. Move it out of the forward, or leave the model dense."
             )
         if n.op == "call_function" and isinstance(n.target, _compat.HigherOrderOperator):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            return self._emit_opaque(n, args, kwargs)
+            with fx_traceback.set_current_meta(n):
+                return self._emit_opaque(n, args, kwargs)
         if n.op == "call_function" and n.target in _INFERENCE_MODE:
             # Executed here, the region would be lost from the trace.
             args, kwargs = self.fetch_args_kwargs_from_env(n)

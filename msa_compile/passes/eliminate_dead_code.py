@@ -6,7 +6,7 @@ import operator
 
 from torch.fx import Graph, Node
 
-from msa_compile._compat import OpOverload
+from msa_compile._compat import OpOverload, flex_attention
 
 
 def eliminate_dead_code(graph: Graph) -> int:
@@ -30,4 +30,4 @@ def _is_pure(node: Node) -> bool:
         return False
     if isinstance(node.target, OpOverload):
         return not node.target._schema.is_mutable and not node.is_impure()
-    return node.target is operator.getitem or getattr(node.target, "__module__", "") == "_operator"
+    return node.target in (operator.getitem, flex_attention) or getattr(node.target, "__module__", "") == "_operator"
