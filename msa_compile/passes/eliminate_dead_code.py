@@ -23,6 +23,19 @@ def eliminate_dead_code(graph: Graph) -> int:
     return removed
 
 
+def is_used(node: Node) -> bool:
+    """Whether anything that stays in the graph reads what ``node`` returns."""
+    pending, seen = list(node.users), set()
+    while pending:
+        user = pending.pop()
+        if not _is_pure(user):
+            return True
+        if user not in seen:
+            seen.add(user)
+            pending.extend(user.users)
+    return False
+
+
 def _is_pure(node: Node) -> bool:
     if node.op == "get_attr":
         return True

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 
 from msa_compile import _compat
 from msa_compile.passes.attention import Attention, MaskTerm, Refused
+from msa_compile.passes.eliminate_dead_code import is_used
 from msa_compile.passes.graph_facts import GraphFacts, is_op, tensor_value
 from msa_compile.passes.lift_mask import FROM_ACTIVATIONS
 from msa_compile.passes.read_scores import guarded_number
@@ -69,11 +70,11 @@ def _check_scores(score_mod: GraphModule) -> None:
     score, result = nodes[0], nodes[-1].args[0]
     if result is score or result == (score,):
         return
-    said = ", ".join(
-        dict.fromkeys(str(getattr(n.target, "__name__", n.target)) for n in nodes if n.op.startswith("call_"))
-    )
+    calls = [str(getattr(entry.target, "__name__", entry.target)) for entry in nodes if entry.op.startswith("call_")]
     added = all(user.target in _ADDED for user in score.users)
-    raise Refused(Reason.ATTENTION_BIAS if added else Reason.UNKNOWN_FORM, f"score_mod changes the scores: {said}")
+    raise Refused(
+        Reason.ATTENTION_BIAS if added else Reason.UNKNOWN_FORM, f"score_mod changes the scores: {', '.join(calls)}"
+    )
 
 
 def _check_blocks(facts: GraphFacts, node: Node, block_mask: Any) -> None:
@@ -92,7 +93,7 @@ def _output(node: Node) -> Node:
     for user in node.users:
         if user.target is not operator.getitem:
             raise Refused(Reason.UNKNOWN_FORM, f"{user} uses all that {node} returns")
-        if user.users:
+        if is_used(user):
             taken[user.args[1]] = user
     if set(taken) != {0}:
         raise Refused(Reason.WEIGHTS_USED, "the log-sum-exp or maximum of the scores is used beside the result")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_attention import capture, only, project, sparse, tokens, weights
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from msa_compile import _compat
-from msa_compile._compat import BackendCompilerFailed
 from msa_compile.errors import CaptureError
 from msa_compile.passes.canonicalize import canonicalize
 
@@ -187,9 +187,7 @@ def test_checkpointing_recomputes_sparse_attention_and_keeps_gradients(inner, sp
         torch.testing.assert_close(parameter.grad, grad, atol=1e-3, rtol=1e-4)
 
 
-def test_flex_attention_with_a_mask_made_in_the_graph_is_refused_by_name():
-    from torch.nn.attention.flex_attention import flex_attention
-
+def test_flex_attention_stays_one_opaque_call_that_knows_its_line():
     w = weights(4, 4)
 
     def score(value, batch, head, query, key):
@@ -198,11 +196,11 @@ def test_flex_attention_with_a_mask_made_in_the_graph_is_refused_by_name():
     def function(x):
         return flex_attention(*project(x, *w), score_mod=score) + attend(x, w)
 
-    # Dynamo makes the block mask with vmap inside the graph, and a re-trace would leave its level.
-    with pytest.raises(BackendCompilerFailed) as failure:
-        capture(function, tokens(2, 16), sizes="static")
-    assert isinstance(failure.value.inner_exception, CaptureError)
-    assert "torch.func" in str(failure.value.inner_exception)
+    captured = capture(function, tokens(2, 16), sizes="static")
+    [node] = opaque(captured)
+    assert node.target is _compat.flex_attention
+    assert "test_canonicalize.py" in node.meta["stack_trace"]
+    assert [entry.proved is None for entry in captured.found()] == [True, False]
 
 
 def _region(context):
