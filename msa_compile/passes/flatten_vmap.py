@@ -38,7 +38,7 @@ def flatten_vmap(gm: GraphModule, refake: Refake) -> GraphModule:
 
     Raises:
         CaptureError: If a region holds what a trace of its own would lose: gradient or autocast modes, higher-order
-            operators.
+            operators, fused attention.
     """
     if not any(node.target is _compat.vmap_increment_nesting for node in gm.graph.nodes):
         return gm
@@ -84,7 +84,7 @@ def _regions(graph: Graph) -> list[list[Node]]:
 
 def _replace(gm: GraphModule, region: list[Node], refake: Refake) -> None:
     for node in region:
-        if isinstance(node.target, _compat.HigherOrderOperator) or node.target in _SWITCHES:
+        if _is_lost(node):
             raise CaptureError(
                 f"a vmap of the captured graph holds {node.target}, which is not supported inside vmap. "
                 "Move it out of the vmap, or leave the model dense."
@@ -99,6 +99,13 @@ def _replace(gm: GraphModule, region: list[Node], refake: Refake) -> None:
         node.replace_all_uses_with(flat)
     for node in reversed(region):
         gm.graph.erase_node(node)
+
+
+def _is_lost(node: Node) -> bool:
+    """Whether a trace below autograd makes something else of a call: for attention, kernels that no pass knows."""
+    if isinstance(node.target, _compat.HigherOrderOperator) or node.target in _SWITCHES:
+        return True
+    return "attention" in getattr(node.target, "__name__", "")
 
 
 def _value(node: Node, refake: Refake) -> Any:

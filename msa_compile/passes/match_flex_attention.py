@@ -40,7 +40,7 @@ def match_flex_attention(facts: GraphFacts, node: Node) -> Attention:
         tensor = tensor_value(operand)
         if tensor is None or tensor.dim() != 4 or expression(tensor.shape[0]) != expression(query.meta["val"].shape[0]):
             found = "?" if tensor is None else tuple(tensor.shape)
-            raise Refused(Reason.HEAD_LAYOUT, f"{name} is {found}, not [B, H, T, D]")
+            raise Refused(Reason.HEAD_LAYOUT, f"{name} is {found}, not [B, H, T, D] of the queries' batch")
     _check_scores(getattr(facts.graph.owning_module, str(score_mod.target)))  # type: ignore[union-attr]
     if isinstance(scale, Node):
         scale = guarded_number(scale.meta["val"])

@@ -41,7 +41,7 @@ def spell_block_masks(gm: GraphModule, fake_mode: _compat.FakeTensorMode) -> Non
 def _spell(gm: GraphModule, call: Node, fake_mode: _compat.FakeTensorMode) -> Node:
     query, key = call.args[0], call.args[1]
     body: GraphModule = getattr(gm, call.args[4][-1].target)  # type: ignore[index, union-attr, arg-type]
-    captured: tuple[Any, ...] = call.args[8] if len(call.args) > 8 else call.kwargs["mask_mod_other_buffers"]  # type: ignore[assignment]
+    captured: tuple[Any, ...] = call.args[8]  # type: ignore[assignment]
     by_batch, by_head = (bool(index.users) for index in list(body.graph.nodes)[:2])
 
     def mask(q: Tensor, k: Tensor, *tensors: Any) -> Tensor:

@@ -82,6 +82,20 @@ def test_constants_of_a_vmap_are_kept():
     only(capture(function, tokens()).found())
 
 
+def test_a_vmap_whose_result_nobody_uses_is_left_out_but_for_what_it_writes():
+    def function(x, seen):
+        torch.vmap(lambda row: row + 1)(x)
+        torch.vmap(lambda row, kept: kept.add_(row))(x, seen)
+        return attend(x) + seen.mean()
+
+    seen = torch.zeros(3, 13, 16)
+    only(capture(function, tokens(), seen).found())
+    torch._dynamo.reset()
+    mine, theirs = seen.clone(), seen.clone()
+    torch.testing.assert_close(sparse(function)(tokens(), mine), function(tokens(), theirs), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mine, theirs)
+
+
 def test_the_model_is_not_changed():
     captured = capture(lambda x: attend(scan(x)), tokens())
     assert "_vmap_increment_nesting" in names(captured.dynamo.graph)
@@ -108,9 +122,20 @@ def _gradient_inside(x):
     return attend(x + torch.func.grad(lambda y: y.square().sum())(x))
 
 
-@pytest.mark.parametrize("function", [_no_grad_inside, _autocast_inside, _gradient_inside])
+def _attention_inside(x):
+    return torch.vmap(lambda row: attend(row[None])[0])(x)
+
+
+def _branch_inside(x):
+    return attend(torch.vmap(lambda row: torch.cond(row.sum() > 0, torch.sin, torch.cos, (row,)))(x))
+
+
+LOST = [_no_grad_inside, _autocast_inside, _gradient_inside, _attention_inside, _branch_inside]
+
+
+@pytest.mark.parametrize("function", LOST)
 def test_what_a_trace_would_lose_is_an_error_in_words(function):
     with pytest.raises(BackendCompilerFailed) as failure:
-        capture(function, tokens())
+        capture(function, tokens(), sizes="static")  # open sizes are no operands of a cond
     assert isinstance(failure.value.inner_exception, CaptureError)
     assert "leave the model dense" in str(failure.value.inner_exception)

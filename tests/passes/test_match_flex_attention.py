@@ -6,10 +6,12 @@ import pytest
 import torch
 from tiny_attention import HEAD_DIM, SIZES, capture, only, project, repeat_kv, sparse, tokens, weights
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 import msa_compile
-from msa_compile import MSAConfig
+from msa_compile import MSAConfig, _compat
 from msa_compile.passes.pipeline import run_passes
+from msa_compile.passes.spell_block_masks import MASK_NAME
 from msa_compile.records import Reason
 
 W = weights()
@@ -100,7 +102,7 @@ def test_the_mask_is_called_what_it_is(name, sizes):
     assert found.proved.attention.scale == pytest.approx(0.3 if name == "scale" else HEAD_DIM**-0.5)
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SPARSE)
 def test_with_every_block_selected_it_is_the_untouched_attention(name, inner, sparse_calls):
     function, extra, _ = SPARSE[name]
@@ -228,6 +230,38 @@ def test_a_window_is_recognised_and_left_dense(sparse_calls):
     torch._dynamo.reset()
     torch.testing.assert_close(sparse(function)(tokens()), function(tokens()), atol=1e-5, rtol=1e-5)
     assert not sparse_calls
+
+
+def test_a_call_in_a_checkpointed_body_is_replaced(sparse_calls):
+    def attend(x, block_mask):
+        return flex_attention(*project(x, *W), block_mask=block_mask, enable_gqa=True)
+
+    # A vmap in the body itself is beyond torch: checkpointing hooks into saved tensors.
+    fast = sparse(lambda x: checkpoint(attend, x, made_for(x, causal), use_reentrant=False))
+    torch.testing.assert_close(fast(tokens()), flex(causal)(tokens()), atol=1e-5, rtol=1e-5)
+    assert sparse_calls
+
+
+def test_one_new_token_sees_every_key(sparse_calls):
+    offset = 12
+
+    def function(x):
+        q, k, v = project(x, *W)
+        block_mask = create_block_mask(lambda b, h, q, k: q + offset >= k, None, None, 1, x.shape[1], device="cpu")
+        return flex_attention(q[:, :, -1:], k, v, block_mask=block_mask, enable_gqa=True)
+
+    assert only(capture(function, tokens(), sizes="static").found()).proved.mask.form == "causal"
+    torch._dynamo.reset()
+    torch.testing.assert_close(sparse(function)(tokens()), function(tokens()), atol=1e-5, rtol=1e-5)
+    assert sparse_calls
+
+
+def test_a_mask_mod_that_cannot_be_traced_is_refused():
+    captured = capture(flex(causal), tokens())
+    [node] = captured.nodes(_compat.flex_attention)
+    del node.meta[MASK_NAME]
+    found = only(captured.found())
+    assert (found.reason, found.proved) == (Reason.UNKNOWN_FORM, None)
 
 
 def test_log_sum_exp_that_nobody_uses_is_no_matter(sparse_calls):
