@@ -12,18 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch._C._functorch import maybe_current_level
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnalysis
 from torch._dynamo.source import ConstantSource
-from torch._functorch.predispatch import (
-    _vmap_decrement_nesting as vmap_decrement_nesting,
-)
-from torch._functorch.predispatch import (
-    _vmap_increment_nesting as vmap_increment_nesting,
-)
-from torch._functorch.predispatch import (
-    lazy_load_decompositions,
-)
+from torch._functorch import predispatch
 from torch._guards import TracingContext
 from torch._higher_order_ops.flex_attention import flex_attention
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
@@ -40,6 +33,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
+    "VMAP_STEPS",
     "BackendCompilerFailed",
     "ConstantSource",
     "FakeCopyMode",
@@ -61,12 +55,25 @@ __all__ = [
     "lazy_load_decompositions",
     "lookup_backend",
     "make_fx",
+    "maybe_current_level",
     "restore_paths",
     "tag_activation_checkpoint",
     "track_tensor_tree",
     "vmap_decrement_nesting",
     "vmap_increment_nesting",
 ]
+
+vmap_increment_nesting = predispatch._vmap_increment_nesting
+vmap_decrement_nesting = predispatch._vmap_decrement_nesting
+lazy_load_decompositions = predispatch.lazy_load_decompositions
+# All that a graph from Dynamo writes a vmap out with.
+VMAP_STEPS = (
+    vmap_increment_nesting,
+    vmap_decrement_nesting,
+    lazy_load_decompositions,
+    predispatch._add_batch_dim,
+    predispatch._remove_batch_dim,
+)
 
 # Shapes are dynamic, so one model needs few graphs; the limit only has to be out of reach of an honest workload.
 _RECOMPILE_LIMIT = 256

@@ -124,6 +124,11 @@ def test_a_vmap_is_written_out_between_its_increment_and_decrement():
     left = [n for n, target in enumerate(targets) if target is _compat.vmap_decrement_nesting]
     assert len(entered) == len(left) == 2
     assert max(entered) < min(left)
+    assert set(targets) - {torch.sin} == set(_compat.VMAP_STEPS)
+    assert {step.__module__ for step in _compat.VMAP_STEPS} == {"torch._functorch.predispatch"}
+    levels = []
+    torch.vmap(lambda x: levels.append(_compat.maybe_current_level()) or x)(torch.zeros(3))
+    assert [*levels, _compat.maybe_current_level()] == [1, None]
 
 
 def test_flex_attention_is_a_higher_order_operator_with_its_mask_last_of_the_block_mask():

@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 # Bodies of these run exactly once, in place, so a site inside one is a site of the model.
 TRANSPARENT_BODIES = (_compat.tag_activation_checkpoint,)
 
-_FUNCTORCH = ("torch._functorch.predispatch", "torch._C._functorch")
 _INFERENCE_MODE = (torch.autograd.grad_mode._enter_inference_mode, torch.autograd.grad_mode._exit_inference_mode)
 
 
@@ -125,11 +124,6 @@ class _Retracer(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         self._node = n
-        if getattr(n.target, "__module__", "") in _FUNCTORCH:
-            raise CaptureError(
-                f"the graph holds {n.target.__name__} of torch.func (grad or jvp inside the model): re-tracing would "  # type: ignore[union-attr]
-                "lose it. Move it out of the forward, or leave the model dense."
-            )
         if n.op == "call_function" and isinstance(n.target, _compat.HigherOrderOperator):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             with fx_traceback.set_current_meta(n):

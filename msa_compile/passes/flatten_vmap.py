@@ -18,6 +18,7 @@ from torch.fx.node import map_arg
 from msa_compile import _compat
 from msa_compile.errors import CaptureError
 
+_FUNCTORCH = ("torch._functorch.predispatch", "torch._C._functorch")
 # What these switch on or off is not part of a trace below autograd.
 _SWITCHES = (
     torch._C._set_grad_enabled,
@@ -37,9 +38,15 @@ def flatten_vmap(gm: GraphModule, refake: Refake) -> GraphModule:
         refake: Gives the example value of a node in the fake mode that is active.
 
     Raises:
-        CaptureError: If a region holds what a trace of its own would lose: gradient or autocast modes, higher-order
-            operators, fused attention.
+        CaptureError: If the graph holds another transform of torch.func, or a region holds what a trace of its own
+            would lose: gradient or autocast modes, higher-order operators, fused attention.
     """
+    for node in gm.graph.nodes:
+        if getattr(node.target, "__module__", "") in _FUNCTORCH and node.target not in _compat.VMAP_STEPS:
+            raise CaptureError(
+                f"the graph holds {node.target.__name__} of torch.func (grad or jvp inside the model), and re-tracing "
+                "would lose it. Move it out of the forward, or leave the model dense."
+            )
     if not any(node.target is _compat.vmap_increment_nesting for node in gm.graph.nodes):
         return gm
     graph = Graph()
@@ -92,9 +99,14 @@ def _replace(gm: GraphModule, region: list[Node], refake: Refake) -> None:
     inside = set(region)
     inputs = list(dict.fromkeys(s for node in region for s in node.all_input_nodes if s not in inside))
     results = [node for node in region if any(user not in inside for user in node.users)]
-    with fx_traceback.preserve_node_meta():
-        run = Interpreter(_alone(gm, region, inputs, results)).run
-        traced = _compat.make_fx(lambda *values: run(*values))(*(_value(node, refake) for node in inputs))
+    run = Interpreter(_alone(gm, region, inputs, results)).run
+    level = _compat.maybe_current_level()
+    try:
+        with fx_traceback.preserve_node_meta():
+            traced = _compat.make_fx(lambda *values: run(*values))(*(_value(node, refake) for node in inputs))
+    finally:
+        while _compat.maybe_current_level() != level:  # a failure inside would leave its vmap open for all that follows
+            _compat.vmap_decrement_nesting()
     for node, flat in zip(results, splice(gm, region[0], traced, inputs), strict=True):
         node.replace_all_uses_with(flat)
     for node in reversed(region):

@@ -5,8 +5,10 @@ import torch
 from tiny_attention import capture, only, project, sparse, tokens, weights
 from torch.nn import functional as F
 
+from msa_compile import _compat
 from msa_compile._compat import BackendCompilerFailed
 from msa_compile.errors import CaptureError
+from msa_compile.passes import flatten_vmap
 
 W = weights()
 
@@ -72,6 +74,18 @@ def test_a_mask_made_with_vmap_is_proved(sparse_calls):
     torch._dynamo.reset()
     torch.testing.assert_close(sparse(function)(tokens()), function(tokens()), atol=1e-5, rtol=1e-5)
     assert len(sparse_calls) == 1
+
+
+def test_a_failure_inside_leaves_no_vmap_open(monkeypatch):
+    class Failing(flatten_vmap.Interpreter):
+        def call_method(self, target, args, kwargs):
+            assert _compat.maybe_current_level() == 2
+            raise NotImplementedError(target)
+
+    monkeypatch.setattr(flatten_vmap, "Interpreter", Failing)
+    with pytest.raises(BackendCompilerFailed, match="NotImplementedError: cumsum"):
+        capture(lambda x: attend(scan(x)), tokens())
+    assert _compat.maybe_current_level() is None
 
 
 def test_constants_of_a_vmap_are_kept():
