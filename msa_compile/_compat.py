@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 from torch._C import _set_grad_enabled as set_grad_enabled
+from torch._C._functorch import maybe_current_level
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnalysis
 from torch._dynamo.source import ConstantSource
+from torch._functorch import predispatch
 from torch._guards import TracingContext
+from torch._higher_order_ops.flex_attention import flex_attention
 from torch._higher_order_ops.wrap import (
     tag_activation_checkpoint,
     wrap_with_autocast,
@@ -37,6 +40,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
+    "VMAP_STEPS",
     "WEAK_DYNAMIC",
     "BackendCompilerFailed",
     "ConstantSource",
@@ -53,21 +57,38 @@ __all__ = [
     "disable_proxy_modes_tracing",
     "enter_autocast",
     "exit_autocast",
+    "flex_attention",
     "get_proxy_mode",
     "graph_inputs",
     "graphs_in",
     "is_kept_by_module",
     "is_traceable_wrapper_subclass",
+    "lazy_load_decompositions",
     "lookup_backend",
     "make_fx",
+    "maybe_current_level",
     "restore_paths",
     "set_grad_enabled",
     "tag_activation_checkpoint",
     "track_tensor_tree",
     "trains_subclasses",
+    "vmap_decrement_nesting",
+    "vmap_increment_nesting",
     "wrap_with_autocast",
     "wrap_with_set_grad_enabled",
 ]
+
+vmap_increment_nesting = predispatch._vmap_increment_nesting
+vmap_decrement_nesting = predispatch._vmap_decrement_nesting
+lazy_load_decompositions = predispatch.lazy_load_decompositions
+# All that a graph from Dynamo writes a vmap out with.
+VMAP_STEPS = (
+    vmap_increment_nesting,
+    vmap_decrement_nesting,
+    lazy_load_decompositions,
+    predispatch._add_batch_dim,
+    predispatch._remove_batch_dim,
+)
 
 # Shapes are dynamic, so one model needs few graphs; the limit only has to be out of reach of an honest workload.
 _RECOMPILE_LIMIT = 256

@@ -115,6 +115,41 @@ def test_checkpointing_is_a_higher_order_operator_with_its_body_as_a_module():
     assert isinstance(getattr(gm, calls[0].args[0].target), torch.fx.GraphModule)
 
 
+def test_a_vmap_is_written_out_between_its_increment_and_decrement():
+    function = torch.vmap(torch.vmap(torch.sin))
+    [(gm, _)] = capture(function, torch.zeros(3, 2))
+    targets = [node.target for node in gm.graph.nodes if node.op == "call_function"]
+    assert targets[0] is _compat.lazy_load_decompositions
+    entered = [n for n, target in enumerate(targets) if target is _compat.vmap_increment_nesting]
+    left = [n for n, target in enumerate(targets) if target is _compat.vmap_decrement_nesting]
+    assert len(entered) == len(left) == 2
+    assert max(entered) < min(left)
+    assert set(targets) - {torch.sin} == set(_compat.VMAP_STEPS)
+    assert {step.__module__ for step in _compat.VMAP_STEPS} == {"torch._functorch.predispatch"}
+    levels = []
+    torch.vmap(lambda x: levels.append(_compat.maybe_current_level()) or x)(torch.zeros(3))
+    assert [*levels, _compat.maybe_current_level()] == [1, None]
+
+
+def test_flex_attention_is_a_higher_order_operator_with_its_mask_last_of_the_block_mask():
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def function(q):
+        block_mask = create_block_mask(lambda b, h, q, k: q >= k + hidden, None, None, 16, 16, device="cpu")
+        return flex_attention(q, q, q, block_mask=block_mask)
+
+    hidden = torch.zeros((), dtype=torch.int64)
+    [(gm, _)] = capture(function, torch.zeros(1, 1, 16, 16))
+    [node] = [node for node in gm.graph.nodes if node.target is _compat.flex_attention]
+    query, key, value, score_mod, block_mask, scale, _, score_buffers, mask_buffers = node.args
+    assert query is key is value
+    assert scale == 0.25
+    assert isinstance(getattr(gm, score_mod.target), torch.fx.GraphModule)
+    assert isinstance(getattr(gm, block_mask[-1].target), torch.fx.GraphModule)
+    assert score_buffers == ()
+    assert len(mask_buffers) == 1
+
+
 def test_an_aten_call_is_an_op_overload():
     assert isinstance(torch.ops.aten.add.Tensor, _compat.OpOverload)
 

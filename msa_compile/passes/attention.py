@@ -49,7 +49,7 @@ class Attention:
         mask: What hides scores, all terms together.
         is_causal: The top-left causal flag of ``scaled_dot_product_attention``.
         grouped: Whether the call itself repeats the key/value heads (``enable_gqa``).
-        form: ``"sdpa"``, ``"eager"`` or, for products of another rank or an einsum, ``"products"``.
+        form: ``"sdpa"``, ``"flex"``, ``"eager"`` or, for products of another rank or an einsum, ``"products"``.
         key_transposed: Whether ``key`` is ``[..., D, Tk]``.
         scores: Input of the softmax, for ``"products"``.
     """

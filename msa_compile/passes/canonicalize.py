@@ -18,8 +18,10 @@ from torch.utils import _pytree as pytree
 
 from msa_compile import _compat
 from msa_compile.errors import CaptureError
+from msa_compile.passes.flatten_vmap import flatten_vmap
 from msa_compile.passes.graph_facts import OWNED, is_op, tensor_value
 from msa_compile.passes.keep_subclasses import Kept, holds_subclass, must_keep, unkept
+from msa_compile.passes.spell_block_masks import spell_block_masks
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +43,10 @@ def canonicalize(gm: GraphModule) -> GraphModule:
     fake_mode = _fake_mode_of(gm)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     inputs = [_input(node, fake_mode) for node in placeholders]
-    retracer = _Retracer(gm, fake_mode)
     try:
+        with fake_mode:
+            flat = flatten_vmap(gm, lambda node: _refake(node.meta.get("example_value"), fake_mode))
+        retracer = _Retracer(flat, fake_mode)
         with fake_mode, fx_traceback.preserve_node_meta():
             traced = _compat.make_fx(_as_function(retracer), pre_dispatch=True)(*inputs)
     except CaptureError:
@@ -53,6 +57,7 @@ def canonicalize(gm: GraphModule) -> GraphModule:
             "Report this with the model's code; `msa_compile.unsparsify(model)` gives the dense model back."
         ) from error
     untie_types(traced)
+    spell_block_masks(traced, fake_mode)
     traced.meta.update(gm.meta)
     _copy_sources(gm, traced)
     for old, new in zip(placeholders, [n for n in traced.graph.nodes if n.op == "placeholder"], strict=True):
@@ -142,14 +147,10 @@ class _Retracer(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         self._node = n
-        if getattr(n.target, "__module__", "") == "torch._functorch.predispatch":
-            raise CaptureError(
-                f"the graph holds {n.target.__name__} of torch.func (a flex_attention mask or vmap inside the model): "  # type: ignore[union-attr]
-                "re-tracing would lose it. Make the mask outside of the forward, or leave the model dense."
-            )
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if isinstance(n.target, _compat.HigherOrderOperator) or must_keep(n, args, kwargs):
-            return self._emit_opaque(n, args, kwargs)
+            with fx_traceback.set_current_meta(n):
+                return self._emit_opaque(n, args, kwargs)
         if n.op == "call_function" and n.target in _INFERENCE_MODE:
             # Executed here, the region would be lost from the trace.
             return _proxy_mode().tracer.create_proxy("call_function", n.target, args, kwargs)

@@ -12,6 +12,7 @@ from msa_compile.passes.attention import Attention, Heads, MaskProof, OutputLayo
 from msa_compile.passes.check_projections import check_projections
 from msa_compile.passes.graph_facts import GraphFacts
 from msa_compile.passes.keep_subclasses import is_kept_attention
+from msa_compile.passes.match_flex_attention import is_flex_attention, match_flex_attention
 from msa_compile.passes.match_sdpa import is_sdpa, match_sdpa
 from msa_compile.passes.match_softmax_chain import is_softmax, match_softmax_chain
 from msa_compile.passes.prove_heads import prove_heads
@@ -75,7 +76,7 @@ def detect_attention(graph: Graph) -> list[Found]:
 
 def _detect(facts: GraphFacts, node: Node, seen: dict[str, int]) -> Found | None:
     attention: Attention | None = None
-    form = "sdpa" if is_sdpa(node) else "eager"
+    form = "sdpa" if is_sdpa(node) else "flex" if is_flex_attention(node) else "eager"
     heads = (0, 0, 0)
     proved: Proved | None = None
     try:
@@ -83,6 +84,8 @@ def _detect(facts: GraphFacts, node: Node, seen: dict[str, int]) -> Found | None
             raise Refused(Reason.TENSOR_SUBCLASS, f"{node} runs on {type(node.meta['val']).__name__}")
         if is_sdpa(node):
             attention = match_sdpa(node)
+        elif is_flex_attention(node):
+            attention = match_flex_attention(facts, node)
         elif is_softmax(node):
             attention = match_softmax_chain(facts, node)
         if attention is None:
@@ -144,5 +147,6 @@ def owner_path(node: Node) -> str:
 
 def _source(node: Node) -> str:
     """The innermost line of the model's own code that made ``node``."""
-    places = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    places = [place for place in frames if "/torch/nn/attention/" not in place[0]]
     return f"{places[-1][0].rsplit('/', 1)[-1]}:{places[-1][1]}" if places else ""

@@ -6,7 +6,7 @@ import operator
 
 from torch.fx import Graph, Node
 
-from msa_compile._compat import OpOverload
+from msa_compile._compat import OpOverload, flex_attention
 
 
 def eliminate_dead_code(graph: Graph) -> int:
@@ -23,6 +23,19 @@ def eliminate_dead_code(graph: Graph) -> int:
     return removed
 
 
+def is_used(node: Node) -> bool:
+    """Whether anything that stays in the graph reads what ``node`` returns."""
+    pending, seen = list(node.users), set()
+    while pending:
+        user = pending.pop()
+        if not _is_pure(user):
+            return True
+        if user not in seen:
+            seen.add(user)
+            pending.extend(user.users)
+    return False
+
+
 def _is_pure(node: Node) -> bool:
     if node.op == "get_attr":
         return True
@@ -30,4 +43,4 @@ def _is_pure(node: Node) -> bool:
         return False
     if isinstance(node.target, OpOverload):
         return not node.target._schema.is_mutable and not node.is_impure()
-    return node.target is operator.getitem or getattr(node.target, "__module__", "") == "_operator"
+    return node.target in (operator.getitem, flex_attention) or getattr(node.target, "__module__", "") == "_operator"

@@ -14,7 +14,7 @@ from msa_compile.passes.replay import expression, is_runnable
 from msa_compile.records import Reason
 
 aten = torch.ops.aten
-_FROM_ACTIVATIONS = (aten.linear, aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.topk, aten.softmax)
+FROM_ACTIVATIONS = (aten.linear, aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.topk, aten.softmax)
 _LOOKED_UP = (aten.embedding,)
 _MOVES = (aten.slice, aten.expand, aten.view, aten.reshape, aten.unsqueeze, aten.contiguous, aten.to, aten.clone)
 
@@ -34,7 +34,8 @@ def lift_mask(facts: GraphFacts, attention: Attention, query: Heads, key: Heads)
     inner: set[Node] = set()
     boundary: set[Node] = set()
     for term in attention.mask:
-        made, leaves = facts.makers(term.node, attention.output)
+        # The size of an activation has a value of its own at every assignment; how the activation was made is no part.
+        made, leaves = facts.makers(term.node, attention.output, stop=lambda node: is_op(node, aten.sym_size))
         inner, boundary = inner | made, boundary | leaves
     runnable = {node for node in boundary if is_runnable(node)}
     paddings, offsets, others = [], [], []
@@ -95,7 +96,7 @@ def check_term(term: MaskTerm, lifted: LiftedMask) -> None:
     if value is None or (value.dim() > 4 and not grouped):
         raise Refused(Reason.UNKNOWN_FORM, f"mask {term.node} has no [B, H, Tq, Tk] shape")
     # Activations first: behind them stands the token embedding, which is a look-up too.
-    for ops, reason in ((_FROM_ACTIVATIONS, Reason.DATA_DEPENDENT_MASK), (_LOOKED_UP, Reason.ATTENTION_BIAS)):
+    for ops, reason in ((FROM_ACTIVATIONS, Reason.DATA_DEPENDENT_MASK), (_LOOKED_UP, Reason.ATTENTION_BIAS)):
         step = next((node for node in lifted.inner if is_op(node, *ops)), None)
         if step is not None:
             raise Refused(reason, f"{step.target} in what makes {term.node}")

@@ -51,7 +51,8 @@ def prove_heads(facts: GraphFacts, attention: Attention, operand: Node, *, trans
             raise Refused(Reason.HEAD_LAYOUT, f"{node} repeats heads in an order that is not that of groups")
     between = chain[: chain.index(heads.node)]
     # Without a repeat the memory is first read by the product with the queries.
-    readers = [user for user in operand.users if is_op(user, aten.matmul) or user is attention.output]
+    reads = {attention.output, *attention.output.all_input_nodes}  # flex_attention returns several, and one is taken
+    readers = [user for user in operand.users if is_op(user, aten.matmul) or user in reads]
     first = between[-1] if between else min(readers, key=facts.position.__getitem__)
     if facts.written_between(heads.node, first, attention.output):
         raise Refused(Reason.CACHE_WRITE, f"{heads.node} is written after it was repeated")

@@ -146,7 +146,7 @@ class ScoreReader:
             return None
         symbolic = value.meta.get("val")
         if isinstance(symbolic, (torch.SymFloat, torch.SymInt)):
-            return _guarded(symbolic)
+            return guarded_number(symbolic)
         if not isinstance(symbolic, torch.Tensor) or symbolic.numel() != 1:
             return None
         inner, boundary = self.facts.makers(value, value)
@@ -158,7 +158,7 @@ class ScoreReader:
             return None
 
 
-def _guarded(symbolic: torch.SymFloat | torch.SymInt) -> float | None:
+def guarded_number(symbolic: torch.SymFloat | torch.SymInt) -> float | None:
     """The value of a Python number that Dynamo left open; reading it makes the graph guard on it."""
     try:
         return float(symbolic)

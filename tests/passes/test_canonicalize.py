@@ -6,11 +6,10 @@ import pytest
 import torch
 from tiny_attention import capture, only, project, sparse, tokens, weights
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from msa_compile import _compat
-from msa_compile._compat import BackendCompilerFailed
-from msa_compile.errors import CaptureError
 from msa_compile.passes.canonicalize import canonicalize
 from msa_compile.passes.detect_attention import detect_attention
 from msa_compile.passes.graph_facts import is_owned
@@ -236,9 +235,7 @@ def test_gradients_reach_keys_that_are_written_to_a_cache():
     torch.testing.assert_close(grads[1], grads[0])
 
 
-def test_flex_attention_with_a_mask_made_in_the_graph_is_refused_by_name():
-    from torch.nn.attention.flex_attention import flex_attention
-
+def test_flex_attention_stays_one_opaque_call_that_knows_its_line():
     w = weights(4, 4)
 
     def score(value, batch, head, query, key):
@@ -247,11 +244,11 @@ def test_flex_attention_with_a_mask_made_in_the_graph_is_refused_by_name():
     def function(x):
         return flex_attention(*project(x, *w), score_mod=score) + attend(x, w)
 
-    # Dynamo makes the block mask with vmap inside the graph, and a re-trace would leave its level.
-    with pytest.raises(BackendCompilerFailed) as failure:
-        capture(function, tokens(2, 16), sizes="static")
-    assert isinstance(failure.value.inner_exception, CaptureError)
-    assert "torch.func" in str(failure.value.inner_exception)
+    captured = capture(function, tokens(2, 16), sizes="static")
+    [node] = opaque(captured)
+    assert node.target is _compat.flex_attention
+    assert "test_canonicalize.py" in node.meta["stack_trace"]
+    assert [entry.proved is None for entry in captured.found()] == [True, False]
 
 
 def _region(context):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_attention import STATIC, capture, tokens
 
-from msa_compile.passes.eliminate_dead_code import eliminate_dead_code
+from msa_compile.passes.eliminate_dead_code import eliminate_dead_code, is_used
 
 aten = torch.ops.aten
 
@@ -89,3 +89,15 @@ def test_regions_stay():
     kept = [getattr(node.target, "__name__", "") for node in captured.graph.nodes]
     for name in ("_set_grad_enabled", "_enter_autocast", "_exit_autocast"):
         assert kept.count(name) == names.count(name) > 0
+
+
+def test_what_only_dead_calls_read_is_not_used():
+    def function(x, cache):
+        x.relu().sin()
+        cache.copy_(x.cos().exp())
+        return x.tan().neg()
+
+    captured = capture(function, tokens(), torch.zeros(3, 13, 16))
+    used = {name: is_used(captured.nodes(op)[0]) for name, op in (("relu", aten.relu), ("sin", aten.sin))}
+    assert not any(used.values())
+    assert all(is_used(captured.nodes(op)[0]) for op in (aten.cos, aten.exp, aten.tan, aten.neg))
