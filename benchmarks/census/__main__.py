@@ -11,6 +11,7 @@ import platform
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -50,23 +51,26 @@ def main() -> None:
     rows = _last_results() if options.keep else {}
     for row in _run(options.names or names(), options.jobs):
         rows[row.name] = row
-    ordered = [rows[name] for name in sorted(rows)]
-    RESULTS.mkdir(exist_ok=True)
-    fields = [{key: value for key, value in row.to_dict().items() if key not in ("missed", "right")} for row in ordered]
-    (RESULTS / "census.json").write_text(json.dumps(fields, indent=1) + "\n")
-    (RESULTS / "census.md").write_text(_markdown(ordered))
-    print(_totals(ordered))
+        _write([rows[name] for name in sorted(rows)])
+    print(_totals([rows[name] for name in sorted(rows)]))
     print(f"wrote {(RESULTS / 'census.md').relative_to(Path.cwd())}")
+
+
+def _write(rows: list[Row]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    fields = [{key: value for key, value in row.to_dict().items() if key not in ("missed", "right")} for row in rows]
+    (RESULTS / "census.json").write_text(json.dumps(fields, indent=1) + "\n")
+    (RESULTS / "census.md").write_text(_markdown(rows))
 
 
 def _last_results() -> dict[str, Row]:
     return {row["name"]: Row(**row) for row in json.loads((RESULTS / "census.json").read_text())}
 
 
-def _run(wanted: list[str], jobs: int) -> list[Row]:
+def _run(wanted: list[str], jobs: int) -> Iterator[Row]:
     """Each architecture in a process of its own: what one leaves in Dynamo's caches does not reach the next."""
     context: Any = multiprocessing.get_context("fork")
-    pending, rows = list(reversed(wanted)), []
+    pending = list(reversed(wanted))
     running: dict[Connection, tuple[str, multiprocessing.Process, float]] = {}
     with tqdm(total=len(wanted), unit="model") as bar:
         while pending or running:
@@ -90,11 +94,10 @@ def _run(wanted: list[str], jobs: int) -> list[Row]:
                 process.kill()
                 process.join()
                 del running[pipe]
-                rows.append(row)
                 bar.update()
                 if not row.right:
                     bar.write(f"{name}: {row.failure or row.errors} missed {row.missed}")
-    return rows
+                yield row
 
 
 def _work(name: str, pipe: Connection) -> None:
@@ -126,17 +129,20 @@ def _line(row: Row) -> str:
 
 
 def _totals(rows: list[Row]) -> str:
-    built = [row for row in rows if row.counted or not row.failure]
+    built = [row for row in rows if row.built]
     grouped = [row for row in built if row.grouped and row.counted]
     # A sliding window is no full attention; everything else that is dense is an exception to be argued.
-    whole = [row for row in grouped if row.sparse and set(row.dense) <= {"sliding_window"} and row.right]
+    whole = [row for row in grouped if row.right and set(row.dense) <= {"sliding_window"}]
+    others = [f"{row.name} ({', '.join(row.dense) or row.failure})" for row in grouped if row not in whole]
     reasons = Counter[str]()
     for row in built:
         reasons.update(row.dense)
     lines = [
-        f"- {len(rows)} architectures, {len(built)} built, {sum(row.right for row in built)} of these right, "
+        f"- {len(rows)} architectures, {len(built)} built, {sum(row.right for row in built)} right, "
         f"{sum(row.missed for row in built)} attention calls missed.",
-        f"- {len(grouped)} with grouped heads; in {len(whole)} of these every full-attention site is sparse.",
+        f"- {len(grouped)} with grouped heads; in {len(whole)} every full-attention site is sparse. The others: "
+        + ", ".join(others)
+        + ".",
         f"- Sites: {sum(row.sparse for row in built)} sparse; dense: "
         + ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         + ".",

@@ -59,9 +59,12 @@ _SIGLIP = {
 _NOT_FULL = ("sliding_attention", "chunked_attention", "linear_attention", "conv")
 _ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
 _FULL_SECOND = {"layer_types": ["sliding_attention", "full_attention"]}
+_NO_WINDOW = {"sliding_window": None}  # these have one in every layer or in none
 _MORE: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "minicpm3", "youtu"), _MLA),
     **dict.fromkeys(("glm_moe_dsa", "kimi_linear", "hy_v4"), _MLA),
+    **dict.fromkeys(("minimax", "ministral3", "mistral", "mixtral", "phi3", "phi4_multimodal"), _NO_WINDOW),
+    **dict.fromkeys(("phimoe", "starcoder2"), _NO_WINDOW),
     "deepseek_v4": {"layer_types": ["sliding_attention", "compressed_sparse_attention"]},
     "bailing_hybrid": {**_MLA, "layer_types": ["linear_attention", "full_attention"]},
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},

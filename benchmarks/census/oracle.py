@@ -42,7 +42,7 @@ class AttentionCalls(TorchFunctionMode):
             self.count += 1
             query, key = args[0], args[1] if len(args) > 1 else kwargs["key"]
             self.grouped |= distinct_heads(key) < query.shape[1]
-        elif func in _SOFTMAX and is_scores(args[0]):
+        elif func in _SOFTMAX and is_over_keys(args, kwargs):
             self.count += 1
         return func(*args, **kwargs)
 
@@ -72,7 +72,7 @@ class BlockOracle(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         is_sdpa = func is F.scaled_dot_product_attention
-        if not is_sdpa and not (func in _SOFTMAX and is_scores(args[0])):
+        if not is_sdpa and not (func in _SOFTMAX and is_over_keys(args, kwargs)):
             return func(*args, **kwargs)
         self.count += 1
         if self.decisions[(self.count - 1) % len(self.decisions)] != "sparse":
@@ -155,9 +155,11 @@ def distinct_heads(key: Tensor) -> int:
     return heads
 
 
-def is_scores(tensor: Tensor) -> bool:
-    """Whether a softmax input has a column for each key, of a whole cache or of a rolling one."""
-    return tensor.dim() >= 3 and tensor.shape[-1] >= WINDOW
+def is_over_keys(args: Any, kwargs: Any) -> bool:
+    """Whether a softmax is over columns enough to be keys, of a whole cache or of a rolling one."""
+    scores: Tensor = args[0]
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    return scores.dim() >= 3 and dim in (-1, scores.dim() - 1) and scores.shape[-1] >= WINDOW
 
 
 def _softmax(logits: Tensor) -> Tensor:

@@ -56,18 +56,21 @@ class SizeSpace:
         The sizes that the graph was captured at come before all; they are allowed in any case.
         """
         names, pool = sorted(symbols, key=str), list(values)
+        known = self.captured(names)
+        captured = [known] if known else []
         mixed = list(itertools.islice(itertools.product(pool, repeat=len(names)), _MOST_COMBINATIONS))
         random.Random(0).shuffle(mixed)
         return self._allowed(
-            names, dict.fromkeys([*self._captured(names), *((v,) * len(names) for v in reversed(pool)), *mixed]), limit
+            names, dict.fromkeys([*captured, *((v,) * len(names) for v in reversed(pool)), *mixed]), limit
         )
 
-    def _captured(self, names: list[sympy.Symbol]) -> list[tuple[int, ...]]:
+    def captured(self, names: list[sympy.Symbol]) -> tuple[int, ...]:
+        """The values that ``names`` had when the graph was captured; ``()`` where one is not known."""
         if self._env is None:
-            return []
+            return ()
         # Renamed in torch 2.13.
         known = getattr(self._env, "backed_var_to_val", None) or getattr(self._env, "var_to_val", {})
-        return [tuple(int(known[name]) for name in names)] if all(name in known for name in names) else []
+        return tuple(int(known[name]) for name in names) if all(name in known for name in names) else ()
 
     def _allowed(
         self, names: list[sympy.Symbol], combinations: Iterable[tuple[int, ...]], limit: int

@@ -134,13 +134,19 @@ def _between(operand: Node, node: Node) -> set[Node]:
 
 
 def small_sizes(nodes: set[Node]) -> Sizes | None:
-    """Small distinct values for the symbols, or ``{}`` when the graph is specialised."""
+    """Small distinct values for the symbols, or ``{}`` when the graph is specialised.
+
+    Guards may leave no small ones (a scan that is unrolled for a range of lengths): then those of the capture.
+    """
     values = [node.meta.get("val") for node in nodes]
     parts = [part for value in values if isinstance(value, torch.Tensor) for part in value.shape] + values
     space = SizeSpace(part for part in parts if isinstance(part, torch.SymInt))
     symbols = symbols_of(nodes)
     least = [bound + extra for bound in space.lower_bounds(symbols) for extra in (0, 1, 2)]
-    return next(space.samples(symbols, dict.fromkeys((3, 5, 7, 11, 2, 16, 64, 256, *least)), limit=1), None)
+    small = space.samples(symbols, dict.fromkeys((3, 5, 7, 11, 2, 16, 64, 256, *least)), limit=1)
+    names = sorted(symbols, key=str)
+    captured = space.captured(names)
+    return next(small, dict(zip(names, captured, strict=True)) if captured else None)
 
 
 def _spelling(attention: Attention, operand: Node, node: Node, count: int, query_heads: int) -> str:
