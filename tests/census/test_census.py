@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 # Sparse sites, and reasons of the others.
 EXPECTED = {
-    "bart": (2, {"cross_attention": 2}),
+    "bart": (2, {}),
     "codegen": (2, {}),
     "cohere2": (1, {"sliding_window": 1}),
     "dbrx": (2, {}),
@@ -23,8 +23,9 @@ EXPECTED = {
     "gpt_bigcode": (2, {}),
     "gpt_neox": (2, {}),
     "gptj": (2, {}),
+    "jamba": (1, {}),
     "llama4": (2, {}),
-    "minimax_m3_vl_text": (1, {"data_dependent_mask": 1}),
+    "minimax_m3_vl_text": (2, {}),
     "mpt": (0, {"attention_bias": 2}),
     "olmo2": (2, {}),
     "persimmon": (2, {}),
