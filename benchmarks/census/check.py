@@ -22,6 +22,7 @@ from msa_compile.backend import MSABackend
 from msa_compile.errors import CaptureError, NothingToSparsifyError
 from msa_compile.kernels.block_sparse_attention import reference as attend_reference
 from msa_compile.report import build_report
+from msa_compile.runtime import tag_frames
 
 LENGTH, PADDED, STEPS = 37, 5, 4
 BLOCK_SIZE, FEW = 4, 3
@@ -114,8 +115,9 @@ def _examined(untouched: Causal, ids: Tensor) -> Report:
     try:
         return msa_compile.explain(untouched.model, input_ids=ids, config=_config(FEW))
     except CaptureError:
-        backend = MSABackend(_config(FEW), "eager")
-        torch.compile(untouched.model, backend=backend)(input_ids=ids)
+        backend, model = MSABackend(_config(FEW), "eager"), copy.deepcopy(untouched.model)
+        tag_frames(model)  # equal layers would share the graphs between breaks
+        torch.compile(model, backend=backend)(input_ids=ids)
         return build_report(backend.records, _config(FEW), {}, sparsified=False)
 
 
