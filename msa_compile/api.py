@@ -32,6 +32,7 @@ from msa_compile.errors import (
     NotAModuleError,
     NotSparseError,
 )
+from msa_compile.kernels.given_mask import biased_calls
 from msa_compile.passes.pipeline import run_passes
 from msa_compile.report import Report, build_report
 from msa_compile.runtime import (
@@ -211,6 +212,7 @@ def explain(model: nn.Module | ExportedProgram, *args: Any, config: MSAConfig | 
         records = records or door.discovery.records
         if door.backend is not None:
             counts["in our graphs"] = door.backend.dense_calls.total()
+        counts["biased masks"] = sum(biased_calls[name] for name in {row.name for r in records for row in r.sites})
     if args or kwargs or not records:
         candidates = [CallInputs(args, kwargs)] if args or kwargs else candidate_inputs(model, None)
         if not candidates:

@@ -38,7 +38,8 @@ from msa_compile.runtime import (
 
 log = logging.getLogger(__name__)
 
-_LONG_DUMMY = 8209  # beyond every common sliding window; prime, so that no other size of a model equals it
+# Lengths of dummy inputs: primes, so that no other size of a model equals one.
+_DUMMY_LENGTHS = (131, 521, 1031, 2053, 4099, 8209)
 
 
 @dataclass(frozen=True)
@@ -185,8 +186,8 @@ def check_any_sparse(records: Sequence[GraphRecord]) -> None:
 def candidate_inputs(model: nn.Module, given: Any) -> list[CallInputs]:
     """Arguments of one call to examine: what the user gave, or the dummy inputs that a transformers model brings.
 
-    The dummy inputs are tried long first: on fake tensors length costs nothing, and only beyond its window does a
-    sliding window show.
+    The dummy inputs are tried first with a length beyond the windows that the model's config names: only there does a
+    sliding window show. No longer than that, because a model that loops over its tokens is captured loop by loop.
 
     Raises:
         ExampleInputsError: If ``given`` is no dict, tuple or tensor.
@@ -212,5 +213,19 @@ def candidate_inputs(model: nn.Module, given: Any) -> list[CallInputs]:
     short = CallInputs(kwargs={**inputs, "attention_mask": torch.ones_like(ids)})
     if set(inputs) != {"input_ids"}:
         return [short]
-    long_ids = ids[:, :1].expand(-1, _LONG_DUMMY).contiguous()
+    window = _widest_window(getattr(model, "config", None))
+    length = next((length for length in _DUMMY_LENGTHS if length > window), _DUMMY_LENGTHS[-1])
+    long_ids = ids[:, :1].expand(-1, length).contiguous()
     return [CallInputs(kwargs={"input_ids": long_ids, "attention_mask": torch.ones_like(long_ids)}), short]
+
+
+def _widest_window(config: Any) -> int:
+    """The largest number under a name of a window in a config and the configs inside it; 0 if there is none."""
+    fields = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+    widest = 0
+    for name, value in fields.items():
+        if isinstance(value, int) and any(word in str(name) for word in ("window", "chunk", "local")):
+            widest = max(widest, value)
+        elif isinstance(value, Mapping) or hasattr(value, "to_dict"):
+            widest = max(widest, _widest_window(value))
+    return widest

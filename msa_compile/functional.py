@@ -37,14 +37,16 @@ def attention(
     """Sparse grouped-query attention, the counterpart of ``F.scaled_dot_product_attention``.
 
     Each query and key/value head selects ``topk_blocks`` blocks of ``block_size`` keys and attends to their visible
-    tokens exactly (spec 14). The attention is causal: a query never sees a later key.
+    tokens exactly (spec 14). The attention is causal, a query never sees a later key, unless a mask alone says what is
+    seen.
 
     Args:
         query: ``[B, Hq, Tq, D]``, floating point.
         key: ``[B, Hkv, Tk, D]``, ``Hq % Hkv == 0``.
         value: ``[B, Hkv, Tk, D]``.
-        attn_mask: bool, true where a key is seen, broadcastable to ``[B, 1, Tq, Tk]``; on top of causality. Without
-            ``is_causal`` and ``query_start`` the positions of queries and documents are read from it.
+        attn_mask: bool, true where a key is seen, broadcastable to ``[B, 1, Tq, Tk]``; with ``is_causal`` or
+            ``query_start`` on top of causality. Without them it alone says what is seen, and the positions of queries
+            and documents are read from it.
         dropout_p: Must be 0.
         is_causal: Query ``i`` stands at key slot ``i``. With ``Tq != Tk`` say where it stands with ``query_start``.
         scale: Factor on ``q . k``, default ``D ** -0.5``.
@@ -81,11 +83,12 @@ def attention(
             "pass is_causal=True"
         )
     mask = attn_mask
+    by_mask_alone = mask is not None and not is_causal and query_start is None
     if mask is not None:
         if mask.dtype != torch.bool:
             raise KernelArgumentError(f"attn_mask is {mask.dtype}, legal is bool: true where a key is seen")
         mask = mask[(None,) * (4 - mask.dim())]
-        if not is_causal and query_start is None:
+        if by_mask_alone:
             query_start, content, documents = mask_positions(mask.expand(-1, -1, length, keys), query)
             key_start = content if key_start is None else key_start
             document_start = documents if document_start is None else document_start
@@ -99,6 +102,7 @@ def attention(
         "key_end": key_end,
         "document_start": document_start,
         "mask": mask,
+        "is_causal": not by_mask_alone,
     }
     block_ids = select_blocks(
         index_query,

@@ -115,7 +115,8 @@ def _examined(untouched: Causal, ids: Tensor) -> Report:
     try:
         return msa_compile.explain(untouched.model, input_ids=ids, config=_config(FEW))
     except CaptureError:
-        backend, model = MSABackend(_config(FEW), "eager"), copy.deepcopy(untouched.model)
+        model = copy.deepcopy(untouched.model)
+        backend = MSABackend(_config(FEW), "eager", model=model)
         tag_frames(model)  # equal layers would share the graphs between breaks
         torch.compile(model, backend=backend)(input_ids=ids)
         return build_report(backend.records, _config(FEW), {}, sparsified=False)

@@ -5,6 +5,8 @@ For query `i` of row `b`, at slot `p = query_start[b] + i`:
     anchor(b, i)     = max(key_start[b], document_start[b, i])
     visible(b, i, j) = anchor <= j < key_end[b]  and  p - window < j <= p  and  mask[b, h, i, j]
 
+where `j <= p` falls away without `is_causal`.
+
 Block `n` of the query covers the slots `[anchor + n * block_size, anchor + (n + 1) * block_size)`. All but the mask is
 an interval, so a `Visibility` holds two ends a query instead of a `[Tq, Tk]` matrix.
 
@@ -85,6 +87,7 @@ def find_visibility(
     key_end: Tensor | None = None,
     document_start: Tensor | None = None,
     mask: Tensor | None = None,
+    is_causal: bool = True,
 ) -> Visibility:
     """Work out the visible interval and the anchor of every query; arguments as in the ops' docstrings."""
     offset = _per_row(query_start, default=key_length - query_length, device=device)
@@ -94,7 +97,9 @@ def find_visibility(
     if document_start is not None:
         anchor = torch.maximum(anchor, document_start.to(torch.int64))
     anchor = anchor.expand(-1, query_length)
-    stop = torch.minimum(position + 1, _per_row(key_end, default=key_length, device=device)).clamp(max=key_length)
+    stop = _per_row(key_end, default=key_length, device=device).clamp(max=key_length).expand(-1, query_length)
+    if is_causal:
+        stop = torch.minimum(position + 1, stop)
     first = anchor if window is None else torch.maximum(anchor, position - window + 1)
     return Visibility(position, anchor, first, stop, mask, key_length)
 

@@ -139,11 +139,13 @@ class MaskProof:
         form: ``"causal"``, ``"top_left"``, ``"causal+padding"``, ``"window"`` or ``"given"``.
         window: Width of a sliding window.
         detail: For the report.
+        is_handed_in: Whether its values are known at run time only.
     """
 
     form: Literal["causal", "top_left", "causal+padding", "window", "given"]
     window: int | None = None
     detail: str = ""
+    is_handed_in: bool = False
 
     def __str__(self) -> str:
         return f"window({self.window})" if self.form == "window" else self.form.replace("top_left", "causal")

@@ -8,21 +8,16 @@ bias) or comes from activations is refused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import cast
-
 import torch
-from torch.fx import Node
 
 from msa_compile.passes.attention import Attention, Heads, MaskProof, MaskTerm, Refused
 from msa_compile.passes.choose_sizes import SizeSpace
-from msa_compile.passes.graph_facts import GraphFacts, tensor_value
+from msa_compile.passes.graph_facts import GraphFacts
 from msa_compile.passes.lift_mask import LiftedMask, check_term, constants_of, lift_mask, unproved_step
-from msa_compile.passes.read_scores import HIDDEN
-from msa_compile.passes.replay import ReplayError, Sizes, concrete, expression, replay, symbols_of
+from msa_compile.passes.replay import ReplayError, concrete, expression, symbols_of
+from msa_compile.passes.run_mask import MaskRun, run_mask
 from msa_compile.records import Reason
 
-aten = torch.ops.aten
 _SIZES = (2, 3, 5, 8, 17, 33)
 _LARGEST_CONSTANT = 4500  # a window wider than this is not straddled by a proof; its mask is passed as it is
 _LARGEST_RUN = 2**26  # elements of one concrete mask
@@ -49,7 +44,8 @@ def prove_mask(facts: GraphFacts, attention: Attention, query: Heads, key: Heads
     if expression(query_length) != 1 and all(_has_one_row(term) for term in attention.mask):
         raise Refused(Reason.NOT_CAUSAL, "one mask row for all queries")
     if lifted.others:
-        return MaskProof("given", detail="mask handed in or made from positions; applied as it is")
+        detail = "mask handed in or made from positions; applied as it is"
+        return MaskProof("given", detail=detail, is_handed_in=True)
     try:
         return _classify(facts, attention, lifted, query, key)
     except ReplayError as error:
@@ -88,7 +84,7 @@ def _classify(facts: GraphFacts, attention: Attention, lifted: LiftedMask, query
         for extra in ((1, 3) if value < 512 else (1,))
     ]
     straddle += [bound + extra for bound in space.lower_bounds(symbols - batch_symbols) for extra in (0, 1, 4)]
-    runs: list[_Run] = []
+    runs: list[MaskRun] = []
     budget = _LARGEST_RUN * 4
     failure = ReplayError("no sizes to run at")
     # In a decode step the mask is one longer than the cache was: neighbours of each size too.
@@ -101,7 +97,7 @@ def _classify(facts: GraphFacts, attention: Attention, lifted: LiftedMask, query
             continue
         budget -= cost
         try:
-            runs.extend(_run_all(facts, attention, lifted, sizes, tq, tk))
+            runs.extend(run_mask(facts, attention, lifted, sizes, tq, tk))
         except ReplayError as error:
             failure = error  # no call of the model has these sizes: a mask shorter than the keys, say
     if not runs:
@@ -110,80 +106,15 @@ def _classify(facts: GraphFacts, attention: Attention, lifted: LiftedMask, query
     return _compare(runs, lifted, constants, bound, attention.mask)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One concrete mask: ``visible [B or 1, Tq, Tk]`` at a cache offset; ``padded`` says if keys were padded."""
-
-    visible: torch.Tensor
-    offset: int
-    padded: bool
-
-    def causal(self) -> torch.Tensor:
-        """``[Tq, Tk]``: key ``j`` is not after query ``i``."""
-        tq, tk = self.visible.shape[-2:]
-        return torch.arange(tk)[None, :] <= torch.arange(tq)[:, None] + self.offset
-
-    def distance(self) -> torch.Tensor:
-        """``[Tq, Tk]``: how far key ``j`` is behind query ``i``."""
-        tq, tk = self.visible.shape[-2:]
-        return torch.arange(tq)[:, None] + self.offset - torch.arange(tk)[None, :]
-
-
-def _run_all(facts: GraphFacts, attention: Attention, lifted: LiftedMask, sizes: Sizes, tq: int, tk: int) -> list[_Run]:
-    runs = []
-    offsets = sorted({0, (tk - tq) // 2, tk - tq}) if lifted.offsets else [tk - tq]
-    for offset in offsets:
-        for pattern in ("none", "left", "right", "holes") if lifted.paddings else ("none",):
-            given: dict[Node, torch.Tensor] = {}
-            for leaf in lifted.offsets:
-                value = cast(torch.Tensor, tensor_value(leaf))
-                given[leaf] = torch.full([concrete(s, sizes) for s in value.shape], offset, dtype=value.dtype)
-            for leaf in lifted.paddings:
-                value = cast(torch.Tensor, tensor_value(leaf))
-                given[leaf] = _padding([concrete(size, sizes) for size in value.shape], pattern).to(value.dtype)
-            visible: torch.Tensor = torch.ones(1, tq, tk, dtype=torch.bool)
-            for term in attention.mask:
-                visible = visible & _visible(replay(facts, lifted.inner, given, sizes, term.node), term, tq, tk)
-            runs.append(_Run(visible, offset, pattern != "none"))
-    return runs
-
-
-def _padding(shape: list[int], pattern: str) -> torch.Tensor:
-    rows, length = shape
-    mask = torch.ones(rows, length)
-    for row in range(rows):
-        width = (row * 2 + 1) % max(length, 1)
-        if pattern == "left":
-            mask[row, :width] = 0
-        elif pattern == "right":
-            mask[row, length - width :] = 0
-        elif pattern == "holes":
-            mask[row, row % length :: 3] = 0
-    return mask
-
-
-def _visible(mask: torch.Tensor, term: MaskTerm, tq: int, tk: int) -> torch.Tensor:
-    """The concrete term as visibility ``[B or 1, Tq, Tk]``."""
-    mask = mask.to("cpu")
-    if term.kind == "additive":
-        if not ((mask == 0) | (mask <= HIDDEN)).all():
-            raise Refused(Reason.ATTENTION_BIAS, f"{term.node} adds values other than 0 and minus infinity")
-        seen = mask == 0
-    else:
-        seen = mask.bool() if term.kind == "visible" else ~mask.bool()
-    seen = seen.squeeze(1) if seen.dim() == 5 else seen[(None,) * (4 - seen.dim())]
-    if not (seen == seen[:, :1]).all():
-        raise Refused(Reason.MASK_PER_HEAD, f"{term.node} differs between heads")
-    return seen[:, 0].expand(-1, tq, tk)
-
-
 def _compare(
-    runs: list[_Run], lifted: LiftedMask, constants: list[int], bound: int | None, terms: tuple[MaskTerm, ...]
+    runs: list[MaskRun], lifted: LiftedMask, constants: list[int], bound: int | None, terms: tuple[MaskTerm, ...]
 ) -> MaskProof:
     """What all runs agree on; ``bound`` is the longest ``Tk`` that the graph's own guards allow."""
     plain = [run for run in runs if not run.padded]
     if any((run.visible & ~run.causal()).any() for run in plain) and not lifted.offsets:
-        raise Refused(Reason.NOT_CAUSAL, "a query sees later keys")
+        if not _is_prefix(plain):
+            raise Refused(Reason.NOT_CAUSAL, "a query sees later keys")
+        return MaskProof("given", detail="causal, with a prefix that every query sees; applied as it is")
     largest = max(run.visible.shape[-1] for run in runs)
     # A mask may still change at a constant beyond every size that was run, unless the graph never gets there.
     covered = all(constant < largest or (bound is not None and constant >= bound) for constant in constants)
@@ -209,7 +140,19 @@ def _compare(
     return MaskProof("given", detail="mask applied as it is")
 
 
-def _window(plain: list[_Run]) -> int | None:
+def _is_prefix(plain: list[MaskRun]) -> bool:
+    """Whether each unpadded run is causal but for first keys that all queries see, and some run has more than these."""
+    is_longer = False
+    for run in plain:
+        early = (run.visible & ~run.causal()).any(0).any(0)
+        first = torch.arange(len(early)) <= (int(early.nonzero().max()) if early.any() else -1)
+        if not bool((run.visible == (run.causal() | first)).all()):
+            return False
+        is_longer |= not bool(first.all())
+    return is_longer
+
+
+def _window(plain: list[MaskRun]) -> int | None:
     """The width of the sliding window that all unpadded runs agree on, if they show one."""
     shown = [run for run in plain if bool((run.causal() & ~run.visible).any())]
     if not shown:

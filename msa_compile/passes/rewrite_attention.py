@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-import msa_compile.kernels  # noqa: F401  (registers the msa ops)
+import msa_compile.kernels.given_mask  # noqa: F401  (registers the msa ops)
 from msa_compile.config import MSAConfig
 from msa_compile.passes.attention import Heads, MaskTerm, OutputLayout
 from msa_compile.passes.detect_attention import Proved
@@ -31,7 +32,7 @@ def rewrite_attention(graph: Graph, proved: Proved, name: str, config: MSAConfig
     attention = proved.attention
     emit = _Emitter(graph, attention.output)
     query, key, value = emit.heads(proved.query), emit.heads(proved.key), emit.heads(proved.value)
-    position = _positions(emit, proved, query, name)
+    position, bias = _positions(emit, proved, query)
     index_query = _group_mean(emit, query, proved.key.count)
     shared: dict[str, Any] = {"block_size": config.block_size, "dense_below": config.resolved_dense_below(), **position}
     block_ids = emit(
@@ -55,6 +56,13 @@ def rewrite_attention(graph: Graph, proved: Proved, name: str, config: MSAConfig
         sinks=sinks,
         **shared,
     )
+    if bias is not None:
+        settings = {"scale": attention.scale, "softcap": attention.softcap, "sinks": sinks}
+        out = emit(
+            torch.ops.msa.exact_where_biased.default,
+            *(out, query, key, value, bias.added, shared["mask"], bias.found, name),
+            **settings,
+        )
     out = emit.arranged(out, proved.output)
     dtype = attention.output.meta["val"].dtype
     if out.meta["val"].dtype != dtype:
@@ -71,25 +79,37 @@ def _group_mean(emit: _Emitter, query: Node, groups: int) -> Node:
     return emit(aten.mean.dim, emit(aten.unflatten.int, query, 1, [groups, heads // groups]), [2])
 
 
-def _positions(emit: _Emitter, proved: Proved, query: Node, name: str) -> dict[str, Node]:
-    """The arguments that say where queries and keys stand and what they see."""
+@dataclass(frozen=True)
+class _Bias:
+    """What additive masks that were handed in add, ``[B or 1, 1, Tq, Tk]``, and whether that is more than hiding."""
+
+    added: Node
+    found: Node
+
+
+def _positions(emit: _Emitter, proved: Proved, query: Node) -> tuple[dict[str, Any], _Bias | None]:
+    """The arguments that say where queries and keys stand and what they see, and what may be added to the scores."""
     form = proved.mask.form
     if form == "causal":
-        return {}
+        return {}, None
     if form == "top_left":
         batch = emit(aten.sym_size.int, query, 0)
         device = query.meta["val"].device
-        return {"query_start": emit(aten.zeros.default, [batch], dtype=torch.int64, device=device)}
-    mask = emit.visible(proved.attention.mask[0], name)
-    for term in proved.attention.mask[1:]:
-        mask = emit(aten.bitwise_and.Tensor, mask, emit.visible(term, name))
+        return {"query_start": emit(aten.zeros.default, [batch], dtype=torch.int64, device=device)}, None
+    mask, bias = None, None
+    for term in proved.attention.mask:
+        seen, more = emit.visible(term)
+        mask = seen if mask is None else emit(aten.bitwise_and.Tensor, mask, seen)
+        bias = emit.together(bias, more)
+    assert mask is not None, "only a causal attention has no mask"
     if form == "causal+padding":
         # The last query sees every key that is not padded, so its row is the padding mask: linear, not Tq x Tk.
         mask = emit(aten.slice.Tensor, mask, 2, -1)
         _, key_start, _ = emit.positions(mask, query)
-        return {"mask": mask, "key_start": key_start}
+        return {"mask": mask, "key_start": key_start}, None
     query_start, _, document_start = emit.positions(mask, query)
-    return {"mask": mask, "query_start": query_start, "document_start": document_start}
+    where = {"mask": mask, "query_start": query_start, "document_start": document_start, "is_causal": False}
+    return where, bias if proved.mask.is_handed_in else None
 
 
 class _Emitter:
@@ -148,17 +168,28 @@ class _Emitter:
         copied = self(aten.clone.default, moved, memory_format=torch.contiguous_format)
         return self(aten.permute.default, copied, [order.index(dim) for dim in range(len(order))])
 
-    def visible(self, term: MaskTerm, name: str) -> Node:
-        """A mask term as bool ``[B or 1, 1, Tq, Tk]``, true where a key is seen."""
-        node = term.node
+    def visible(self, term: MaskTerm) -> tuple[Node, _Bias | None]:
+        """A mask term as bool ``[B or 1, 1, Tq, Tk]``, true where a key is seen, and what it may add besides."""
         if term.kind == "additive":
-            node = self(torch.ops.msa.visible.default, node, name)
-        elif term.kind == "hidden":
-            node = self(aten.logical_not.default, node)
+            checked = self(torch.ops.msa.visible.default, term.node)
+            bias = _Bias(self.as_mask(term.node), self.item(checked, 1))
+            return self.as_mask(self.item(checked, 0)), bias
+        node = self(aten.logical_not.default, term.node) if term.kind == "hidden" else term.node
         value = tensor_value(node)
         assert value is not None
-        if value.dtype != torch.bool:
-            node = self(aten.to.dtype, node, torch.bool)
+        return self.as_mask(node if value.dtype == torch.bool else self(aten.to.dtype, node, torch.bool)), None
+
+    def together(self, one: _Bias | None, other: _Bias | None) -> _Bias | None:
+        """What two terms add."""
+        if one is None or other is None:
+            return one or other
+        found = self(aten.bitwise_or.Tensor, one.found, other.found)
+        return _Bias(self(aten.add.Tensor, one.added, other.added), found)
+
+    def as_mask(self, node: Node) -> Node:
+        """A mask as ``[B or 1, 1, Tq, Tk]``."""
+        value = tensor_value(node)
+        assert value is not None
         if value.dim() == 5:
             return self(aten.squeeze.dim, node, 1)
         for _ in range(4 - value.dim()):

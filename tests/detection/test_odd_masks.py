@@ -66,7 +66,7 @@ def test_a_full_budget_is_the_dense_model(name, sparse_calls):
     assert len(sparse_calls) == 2 * len(LENGTHS)
 
 
-@pytest.mark.parametrize("name", ["chunked", "packed", "holes", "padded"])
+@pytest.mark.parametrize("name", ["chunked", "packed", "prefix", "holes", "padded"])
 def test_few_blocks_see_nothing_that_the_mask_hides(name, sparse_calls):
     make, extra = MODELS[name]
     model = make().eval()

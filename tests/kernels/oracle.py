@@ -15,7 +15,7 @@ def _where(bounds, row, query, *, query_length, key_length):
     if bounds.get("document_start") is not None:
         anchor = max(anchor, int(bounds["document_start"][row, query]))
     end = key_length if bounds.get("key_end") is None else min(key_length, int(bounds["key_end"][row]))
-    return slot, anchor, min(end, slot + 1)
+    return slot, anchor, min(end, slot + 1) if bounds.get("is_causal", True) else end
 
 
 def _mask_allows(mask, row, group, query, key):

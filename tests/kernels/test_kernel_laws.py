@@ -151,6 +151,7 @@ def test_any_case_equals_the_float64_oracle(data: st.DataObject) -> None:
         "key_end": keys - slots(batch) // 2,
         "document_start": slots(batch, queries).sort().values // 2,
         "mask": holes(*(draw(st.sampled_from([1, size])) for size in (batch, groups, queries, keys)), seed),
+        "is_causal": False,
     }
     options = {
         "window": draw(st.integers(1, keys)),

@@ -160,7 +160,7 @@ OTHER = {
     "restarting position_ids compared": Mask(
         lambda x, p: (p[:, None, :, None] >= p[:, None, None, :]) & causal(x), (GIVEN,), packed_positions
     ),
-    "prefix of five": Mask(lambda x: causal(x) | (torch.arange(x.shape[1]) < 5)[None, :], (GIVEN, Reason.NOT_CAUSAL)),
+    "prefix of five": Mask(lambda x: causal(x) | (torch.arange(x.shape[1]) < 5)[None, :], (GIVEN,)),
     "prefix handed in": Mask(
         lambda x, p: causal(x) | (torch.arange(x.shape[1]) < p[:, None, None, None]),
         (GIVEN, Reason.NOT_CAUSAL),

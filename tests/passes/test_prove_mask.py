@@ -9,7 +9,6 @@ from odd_masks import ALL, behind, causal, ragged
 from tiny_attention import STATIC, capture, only, project, repeat_kv, sparse, tokens, weights
 from torch.nn import functional as F
 
-from msa_compile.errors import KernelArgumentError
 from msa_compile.passes.attention import MaskProof
 from msa_compile.records import Reason
 from msa_compile.runtime import mark_dynamic
@@ -152,14 +151,38 @@ def test_a_static_cache_gives_the_dense_answer_at_every_position(window, sparse_
     assert bool(sparse_calls) or window is not None
 
 
-def test_a_handed_in_bias_is_an_error_that_names_the_site():
+def test_a_handed_in_bias_is_attended_to_exactly_and_said(sparse_calls, caplog):
     function = attend(lambda x, m: m)
-    fast = sparse(function)
+    fast = sparse(function, topk_blocks=2)
     seen = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
     visibility = torch.where(seen, 0.0, -math.inf)
-    torch.testing.assert_close(fast(tokens(2, 12), visibility), function(tokens(2, 12), visibility))
-    with pytest.raises(KernelArgumentError, match=r"holds -?0\.25.*bias"):
-        fast(tokens(2, 12), visibility - 0.25 * seen)
+    assert (fast(tokens(2, 12), visibility) - function(tokens(2, 12), visibility)).abs().max() > 1e-3, "sparse"
+    assert sparse_calls
+    assert "ran DENSE" not in caplog.text
+    biased = visibility - behind(tokens(2, 12)) * 0.25
+    x = tokens(2, 12).requires_grad_()
+    for _ in range(2):
+        output, expected = fast(x, biased), function(x, biased)
+        torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(torch.autograd.grad(output.sum(), x), torch.autograd.grad(expected.sum(), x))
+    assert caplog.text.count("ran DENSE") == 1
+    assert "bias" in caplog.text
+
+
+def test_two_handed_in_masks_are_added_up():
+    wq, wk, wv = weights()
+
+    def function(x, one, other):
+        q, k, v = project(x, wq, wk, wv)
+        scores = q @ repeat_kv(k).transpose(-1, -2) / 8**0.5 + one + other
+        return scores.softmax(-1) @ repeat_kv(v)
+
+    fast, x = sparse(function), tokens(2, 12)
+    hidden = torch.where(causal(x), 0.0, -math.inf)[None, None]
+    only_keys = torch.zeros(2, 1, 1, 12).index_fill(3, torch.tensor([2, 5]), -1e9)
+    near = behind(x).float()[None, None] * -0.3
+    for one, other in ((hidden, only_keys), (hidden, near), (near, hidden + only_keys)):
+        torch.testing.assert_close(fast(x, one, other), function(x, one, other), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("learned", ["vector", "table"])

@@ -22,6 +22,7 @@ def attend_densely(
     key_end: Tensor | None,
     document_start: Tensor | None,
     mask: Tensor | None,
+    is_causal: bool,
 ) -> Tensor:
     """Attend to every visible token; arguments and result as in `op.py`, block ids left out."""
     if softcap is not None or sinks is not None:
@@ -38,16 +39,17 @@ def attend_densely(
             key_end=key_end,
             document_start=document_start,
             mask=mask,
+            is_causal=is_causal,
         )
     query_length, key_length = query.shape[2], key.shape[2]
     if query.numel() == 0 or key_length == 0:
         return query.new_zeros(query.shape)
     bounds = (window, query_start, key_start, key_end, document_start, mask)
     is_plain = all(bound is None for bound in bounds)
-    if is_plain and (query_length == key_length or query_length == 1):
-        # The one newest query sees every key; a square of queries is what is_causal means.
-        is_causal = query_length > 1
-        output = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=True)
+    if is_plain and (query_length == key_length or query_length == 1 or not is_causal):
+        # The one newest query sees every key; a square of queries is what SDPA's flag means.
+        flag = is_causal and query_length > 1
+        output = F.scaled_dot_product_attention(query, key, value, is_causal=flag, scale=scale, enable_gqa=True)
         return output.contiguous()
     visible = find_visibility(
         query_length=query_length,
@@ -59,6 +61,7 @@ def attend_densely(
         key_end=key_end,
         document_start=document_start,
         mask=mask,
+        is_causal=is_causal,
     ).of_all_slots()
     # Slots that no query sees may hold anything, and softmax weight 0 times NaN is NaN.
     is_seen = visible.any(-2)[..., None]

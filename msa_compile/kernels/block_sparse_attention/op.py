@@ -36,6 +36,7 @@ def block_sparse_attention(
     key_end: Tensor | None = None,
     document_start: Tensor | None = None,
     mask: Tensor | None = None,
+    is_causal: bool = True,
 ) -> Tensor:
     """Attend, exactly, to the visible tokens of the selected blocks and to nothing else.
 
@@ -63,6 +64,7 @@ def block_sparse_attention(
         key_end: `[B]` int32 or int64, one past the last visible slot of the row, `0 .. Tk`; default `Tk`.
         document_start: `[B, Tq]` int32 or int64, first slot of the document of each query; default 0.
         mask: bool, broadcastable to `[B, Hkv, Tq, Tk]`, True where the slot may be seen; it can only hide slots.
+        is_causal: whether `j <= p` is asked for; without it the other bounds alone say what is seen.
 
     Returns:
         `[B, Hq, Tq, D]`, contiguous, dtype of `query` (under autocast the autocast dtype).
@@ -129,6 +131,7 @@ def block_sparse_attention(
         key_end,
         document_start,
         mask,
+        is_causal=is_causal,
     )
     return output
 
@@ -161,6 +164,7 @@ def _run_reference(
     document_start: Tensor | None = None,
     mask: Tensor | None = None,
     dense_below: int = 0,
+    is_causal: bool = True,
 ) -> Tensor:
     # Decided here, from the size at hand: a cache that grows past the bound needs no new graph.
     if key.shape[2] <= dense_below:
@@ -177,6 +181,7 @@ def _run_reference(
             key_end=key_end,
             document_start=document_start,
             mask=mask,
+            is_causal=is_causal,
         )
     return reference.block_sparse_attention(
         query,
@@ -193,6 +198,7 @@ def _run_reference(
         key_end=key_end,
         document_start=document_start,
         mask=mask,
+        is_causal=is_causal,
     )
 
 
@@ -213,6 +219,7 @@ def _run_reference_backward(
     document_start: Tensor | None = None,
     mask: Tensor | None = None,
     dense_below: int = 0,
+    is_causal: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if key.shape[2] <= dense_below:
         grads = reference.dense_attention_backward(
@@ -229,6 +236,7 @@ def _run_reference_backward(
             key_end=key_end,
             document_start=document_start,
             mask=mask,
+            is_causal=is_causal,
         )
     else:
         grads = reference.block_sparse_attention_backward(
@@ -247,6 +255,7 @@ def _run_reference_backward(
             key_end=key_end,
             document_start=document_start,
             mask=mask,
+            is_causal=is_causal,
         )
     # An op returns a tensor in every place: an empty one stands for no sinks.
     return grads.query, grads.key, grads.value, query.new_empty(0) if grads.sinks is None else grads.sinks

@@ -93,6 +93,7 @@ def block_sparse_attention(
     key_end: Tensor | None = None,
     document_start: Tensor | None = None,
     mask: Tensor | None = None,
+    is_causal: bool = True,
 ) -> Tensor:
     """Attend to the visible tokens of the selected blocks; as in `op.py`."""
     problem = _problem(
@@ -110,6 +111,7 @@ def block_sparse_attention(
         key_end,
         document_start,
         mask,
+        is_causal,
     )
     return _forward(problem)
 
@@ -131,6 +133,7 @@ def block_sparse_attention_backward(
     key_end: Tensor | None = None,
     document_start: Tensor | None = None,
     mask: Tensor | None = None,
+    is_causal: bool = True,
 ) -> Gradients:
     """Differentiate `block_sparse_attention`, recomputing its softmax; `grad_output` is `[B, Hq, Tq, D]`."""
     problem = _problem(
@@ -148,6 +151,7 @@ def block_sparse_attention_backward(
         key_end,
         document_start,
         mask,
+        is_causal,
     )
     return _backward(grad_output, problem)
 
@@ -166,6 +170,7 @@ def dense_attention(
     key_end: Tensor | None = None,
     document_start: Tensor | None = None,
     mask: Tensor | None = None,
+    is_causal: bool = True,
 ) -> Tensor:
     """Attend to every visible token: `block_sparse_attention` with all blocks selected.
 
@@ -187,6 +192,7 @@ def dense_attention(
         key_end,
         document_start,
         mask,
+        is_causal,
     )
     return _forward(problem)
 
@@ -206,6 +212,7 @@ def dense_attention_backward(
     key_end: Tensor | None = None,
     document_start: Tensor | None = None,
     mask: Tensor | None = None,
+    is_causal: bool = True,
 ) -> Gradients:
     """Differentiate `dense_attention`, recomputing its softmax; `grad_output` is `[B, Hq, Tq, D]`."""
     problem = _problem(
@@ -223,6 +230,7 @@ def dense_attention_backward(
         key_end,
         document_start,
         mask,
+        is_causal,
     )
     return _backward(grad_output, problem)
 
@@ -242,6 +250,7 @@ def _problem(
     key_end: Tensor | None,
     document_start: Tensor | None,
     mask: Tensor | None,
+    is_causal: bool,
 ) -> _Problem:
     if block_ids is not None:
         # Valid ids are a prefix of at most N, so a topk beyond N only holds -1 there.
@@ -265,6 +274,7 @@ def _problem(
             key_end=key_end,
             document_start=document_start,
             mask=mask,
+            is_causal=is_causal,
         ),
         precision=torch.float64 if query.dtype == torch.float64 else torch.float32,
     )

@@ -1,5 +1,6 @@
-"""A mask that has no closed form, made usable by the other ops: checked visibility, and the positions it implies."""
+"""A mask that has no closed form: the visibility in it, the positions it implies, and attention if it is a bias."""
 
+from msa_compile.kernels.given_mask.bias import biased_calls, exact_where_biased
 from msa_compile.kernels.given_mask.op import mask_positions, visible
 
-__all__ = ["mask_positions", "visible"]
+__all__ = ["biased_calls", "exact_where_biased", "mask_positions", "visible"]

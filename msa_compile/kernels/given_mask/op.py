@@ -1,8 +1,8 @@
 """Ops on a mask that is applied as it is: its visibility, and where queries and keys stand.
 
-``msa::visible`` turns an additive mask into a boolean one and refuses a bias. ``msa::mask_positions`` reads from a
-boolean mask the slot of each row's first query and where content and documents start, so that blocks are anchored there
-when only the mask knows.
+``msa::visible`` turns an additive mask into a boolean one and says whether it is more than that, a bias.
+``msa::mask_positions`` reads from a boolean mask the slot of each row's first query and where content and documents
+start, so that blocks are anchored there when only the mask knows.
 """
 
 from __future__ import annotations
@@ -10,51 +10,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msa_compile.errors import KernelArgumentError
-
 HIDDEN = -1e4
 
 
 @torch.library.custom_op("msa::visible", mutates_args=())
-def visible(mask: Tensor, site: str) -> Tensor:
-    """Visibility of an additive mask: true where it adds 0.
+def visible(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Visibility of an additive mask.
 
     Args:
         mask: Floating point, any shape; 0 where a key is seen, -1e4 or less where it is not.
-        site: Name of the attention site, for the error.
 
     Returns:
-        bool, the shape of ``mask``, contiguous.
-
-    Raises:
-        KernelArgumentError: If a value is neither: the mask is a bias, and block selection would drop it.
+        bool, the shape of ``mask``, contiguous: true where a key is seen; and bool ``[]``: whether some value is
+        neither, so that the mask is a bias, which block selection would drop.
     """
-    seen = mask == 0
-    other = ~seen & ~(mask <= HIDDEN)
-    if bool(other.any()):
-        value = mask[other][0].item()
-        raise KernelArgumentError(
-            f"{site}: the additive attention mask holds {value}, which is neither 0 (seen) nor {HIDDEN:g} or less "
-            "(hidden): it is a bias, and sparse attention would drop it. "
-            f"Keep the site dense: MSAConfig(exclude=({site!r},))."
-        )
-    return seen.contiguous()
+    hidden = mask <= HIDDEN
+    is_bias = ~(hidden | (mask == 0)).all()
+    return hidden.logical_not_().contiguous(), is_bias
 
 
 @visible.register_fake
-def _(mask: Tensor, site: str) -> Tensor:
-    return torch.empty(mask.shape, dtype=torch.bool, device=mask.device)
+def _(mask: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty(mask.shape, dtype=torch.bool, device=mask.device), mask.new_empty((), dtype=torch.bool)
 
 
 @torch.library.custom_op("msa::mask_positions", mutates_args=())
 def mask_positions(mask: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Positions that a mask implies.
 
-    With ``last_i`` the last key that query ``i`` sees, the first query stands at ``max_i(last_i - i)``: exactly its
-    slot under a causal mask with left or right padding, and never so early that causality would hide what the mask
-    shows, whatever the mask. The content of a row starts at the first key that any of its queries sees; the document of
-    a query (packed documents, chunks) at the first key that it sees itself. The latter hangs on the query's own row of
-    the mask alone, so that a decode step anchors its blocks where a prefill does.
+    With ``last_i`` the last key that query ``i`` sees, the first query stands at ``last_i - i``, the same for two
+    neighbours ``i`` where the mask is causal: queries of a bidirectional prefix see further than where they stand, and
+    padded ones at the end less far, but then neighbours differ. Where the whole call is a prefix no two agree, and the
+    least one counts, the last query's. The content of a row starts at the first key that any of its queries sees; the
+    document of a query (packed documents, chunks) at the first key that it sees itself. The latter hangs on the query's
+    own row of the mask alone, so that a decode step anchors its blocks where a prefill does.
 
     Args:
         mask: bool ``[B or 1, heads, Tq or 1, Tk]``, true where a key is seen.
@@ -62,13 +51,20 @@ def mask_positions(mask: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
     Returns:
         ``query_start`` and ``key_start``, int64 ``[B]``, and ``document_start``, int64 ``[B, Tq]``: key slots; 0 for a
-        row or query that sees nothing.
+        row or query that sees nothing. The mask may show keys after a query's slot.
     """
     seen = mask.any(1)
-    length = seen.shape[-1]
+    rows, length = seen.shape[-2:]
     last = length - 1 - seen.flip(-1).int().argmax(-1)
-    start = last - torch.arange(seen.shape[-2], device=mask.device)
-    query_start = torch.where(seen.any(-1), start, 0).amax(-1)
+    start = last - torch.arange(rows, device=mask.device)
+    # The last query stands within the keys.
+    counts = seen.any(-1) & (start <= length - rows)
+    follows = counts[:, 1:] & counts[:, :-1] & (start[:, 1:] == start[:, :-1])
+    lowest, highest = torch.where(counts, start, length).amin(-1), torch.where(counts, start, 0).amax(-1)
+    # Padded queries at the end of a row would put its first one before the keys.
+    alone = torch.where((lowest < 0) | (lowest == length), highest, lowest)
+    query_start = torch.where(follows, start[:, 1:], -1).amax(-1) if rows > 1 else alone.new_full(alone.shape, -1)
+    query_start = torch.where(query_start < 0, alone, query_start)
     key_start = seen.any(-2).int().argmax(-1)
     document_start = seen.int().argmax(-1)
     batch, queries = query.shape[0], query.shape[2]

@@ -31,6 +31,7 @@ def select_blocks(
     key_end: Tensor | None = None,
     document_start: Tensor | None = None,
     mask: Tensor | None = None,
+    is_causal: bool = True,
 ) -> Tensor:
     """Choose, for each query and group, the key blocks worth attending to.
 
@@ -57,6 +58,7 @@ def select_blocks(
         key_end: `[B]` int32 or int64, one past the last visible slot of the row, `0 .. Tk`; default `Tk`.
         document_start: `[B, Tq]` int32 or int64, first slot of the document of each query; default 0.
         mask: bool, broadcastable to `[B, Hkv, Tq, Tk]`, True where the slot may be seen; it can only hide slots.
+        is_causal: whether `j <= p` is asked for; without it the other bounds alone say what is seen.
 
     Returns:
         `[B, Hkv, Tq, topk]` int32, contiguous: block ids ascending, without duplicates, -1 on the right. No gradient.
@@ -113,6 +115,7 @@ def select_blocks(
         key_end,
         document_start,
         mask,
+        is_causal=is_causal,
     )
     return selected
 
@@ -130,6 +133,7 @@ def _run_reference(
     document_start: Tensor | None = None,
     mask: Tensor | None = None,
     dense_below: int = 0,
+    is_causal: bool = True,
 ) -> Tensor:
     if index_key.shape[2] <= dense_below:
         # The attention op ignores the ids of a call this short. Decided here, from the size at hand: a cache that grows
@@ -147,6 +151,7 @@ def _run_reference(
         key_end=key_end,
         document_start=document_start,
         mask=mask,
+        is_causal=is_causal,
     )
 
 

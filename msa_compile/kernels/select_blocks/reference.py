@@ -23,6 +23,7 @@ def select_blocks(
     key_end: Tensor | None = None,
     document_start: Tensor | None = None,
     mask: Tensor | None = None,
+    is_causal: bool = True,
 ) -> Tensor:
     """Choose key blocks by the best visible token of each; as in `op.py`."""
     batch, groups, query_length, _ = index_query.shape
@@ -42,6 +43,7 @@ def select_blocks(
         key_end=key_end,
         document_start=document_start,
         mask=mask,
+        is_causal=is_causal,
     )
     is_anchored_at_zero = key_start is None and document_start is None
     precision = torch.float64 if index_query.dtype == torch.float64 else torch.float32
