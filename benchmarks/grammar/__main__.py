@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import multiprocessing
 import os
 import platform
 import time
-import warnings
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.grammar.check import Outcome, check_spelling
+from benchmarks.grammar.check import Outcome, check_seed, quiet
 from benchmarks.grammar.spellings import Spelling, draw
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -42,8 +40,8 @@ def main() -> None:
     started = time.perf_counter()
     seeds = range(options.first, options.first + options.count)
     outcomes: list[tuple[Spelling, Outcome | None, str]] = []
-    with multiprocessing.get_context("spawn").Pool(options.jobs, _quiet, maxtasksperchild=200) as pool:
-        for seed, outcome, error in tqdm(pool.imap_unordered(_check, seeds), total=len(seeds), unit="spelling"):
+    with multiprocessing.get_context("spawn").Pool(options.jobs, quiet, maxtasksperchild=200) as pool:
+        for seed, outcome, error in tqdm(pool.imap_unordered(check_seed, seeds), total=len(seeds), unit="spelling"):
             spelling = draw(seed)
             outcomes.append((spelling, outcome, error or (outcome.wrong if outcome else "")))
             if outcomes[-1][2]:
@@ -52,19 +50,6 @@ def main() -> None:
     text = _markdown(outcomes, seeds, (time.perf_counter() - started) / 60)
     (RESULTS / "grammar.md").write_text(text)
     print(text)
-
-
-def _quiet() -> None:
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-
-
-def _check(seed: int) -> tuple[int, Outcome | None, str]:
-    try:
-        return seed, check_spelling(draw(seed), seed), ""
-    except Exception as error:
-        return seed, None, f"{type(error).__name__}: {error}"
 
 
 def _markdown(outcomes: list[tuple[Spelling, Outcome | None, str]], seeds: range, minutes: float) -> str:

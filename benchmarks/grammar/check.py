@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from benchmarks.census.oracle import BlockOracle
-from benchmarks.grammar.spellings import HEADS, WIDTH, Attention, Spelling
+from benchmarks.grammar.spellings import HEADS, WIDTH, Attention, Spelling, draw
 from msa_compile import MSAConfig, Site
 from msa_compile.passes.pipeline import run_passes
 from msa_compile.runtime import mark_dynamic
@@ -38,6 +40,21 @@ class Outcome:
     every: float
     few: float
     wrong: str
+
+
+def quiet() -> None:
+    """Prepare a worker process: one thread, and no word of refusals and compilers, which are what is expected."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+
+
+def check_seed(seed: int) -> tuple[int, Outcome | None, str]:
+    """The seed, what came of its spelling, and the error if it ended in one."""
+    try:
+        return seed, check_spelling(draw(seed), seed), ""
+    except Exception as error:
+        return seed, None, f"{type(error).__name__}: {error}"
 
 
 def check_spelling(spelling: Spelling, seed: int) -> Outcome:

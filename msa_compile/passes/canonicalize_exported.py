@@ -22,6 +22,7 @@ from msa_compile import _compat
 from msa_compile.errors import CaptureError
 from msa_compile.passes.canonicalize import untie_types
 from msa_compile.passes.graph_facts import OWNED, is_op
+from msa_compile.passes.spell_block_masks import spell_block_masks
 
 _KEPT_BY_MODEL = (InputKind.PARAMETER, InputKind.BUFFER)
 
@@ -55,6 +56,10 @@ def canonicalize_exported(program: ExportedProgram) -> GraphModule:
         untie_types(body)
         body.delete_all_unused_submodules()
         body.recompile()
+    values = (node.meta.get("val") for node in canonical.graph.nodes)
+    fake = next((value for value in values if isinstance(value, _compat.FakeTensor)), None)
+    if fake is not None:
+        spell_block_masks(canonical, fake.fake_mode)
     return canonical
 
 

@@ -14,6 +14,7 @@ from refused_models import Attention, Decoder, Padded
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import msa_compile
 from msa_compile.errors import CaptureError, ExampleInputsError
@@ -52,6 +53,14 @@ class BaddbmmAttention(Attention):
         scores = scores.view(x.shape[0], self.heads, *scores.shape[1:]).masked_fill(~mask, torch.finfo(x.dtype).min)
         out = torch.bmm(scores.softmax(-1).flatten(0, 1), v).view(x.shape[0], self.heads, -1, q.shape[-1])
         return self.out(out.transpose(1, 2).flatten(2))
+
+
+class FlexAttention(Attention):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        length = x.shape[1]
+        blocks = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device="cpu")
+        q, k, v = self.project(x)
+        return self.out(flex_attention(q, k, v, block_mask=blocks, enable_gqa=True).transpose(1, 2).flatten(2))
 
 
 class Autocast(Attention):
@@ -201,6 +210,7 @@ CASES = {
     "gpt_fast": Case(gpt_fast, [GIVEN] * 2, (torch.arange(LENGTH),), sizes=(None, T), gradients=False),
     "einsum": Case(lambda: Decoder(EinsumAttention), [CAUSAL] * 2),
     "baddbmm": Case(lambda: Decoder(BaddbmmAttention), [CAUSAL] * 2),
+    "flex": Case(lambda: Decoder(FlexAttention), [CAUSAL] * 2, gradients=False),
     "padded": Case(Padded, [PADDED] * 2, (ones(2, LENGTH),)),
     "bias_buffer": Case(BiasBuffer, [refused(Reason.ATTENTION_BIAS)] * 2),
     "dropout": Case(lambda: Decoder(Dropped), [refused(Reason.DROPOUT)] * 2),
