@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 HEADS, HEAD_DIM, WIDTH = 4, 16, 32
 WINDOW = 5
+SOFTCAP = 20.0  # far enough from the scores that none of them becomes equal to another
 
 _SDPA = ("sdpa",)
 _WRITTEN = ("matmul", "einsum", "bmm", "baddbmm")
@@ -205,7 +206,7 @@ class Attention(nn.Module):
         if factor != 1.0:
             scores = scores / (1.0 / factor) if self.spelling.scale == "divisor" else scores * factor
         if self.spelling.extra == "softcap":
-            scores = 2.0 * torch.tanh(scores / 2.0)
+            scores = SOFTCAP * torch.tanh(scores / SOFTCAP)
         if mask is not None:
             scores = self._hidden(scores, mask, batch)
         if self.spelling.extra == "sinks":
