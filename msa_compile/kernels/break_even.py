@@ -284,14 +284,14 @@ def _key(shape: ShapeClass) -> dict[str, Any]:
     """What has to be the same for a number from disk to be used."""
     on_cpu = shape.device.type == "cpu"
     return {
-        "device": _cpu_name() if on_cpu else torch.get_device_module(shape.device).get_device_name(shape.device),
+        "device": cpu_name() if on_cpu else torch.get_device_module(shape.device).get_device_name(shape.device),
         "threads": torch.get_num_threads() if on_cpu else None,
         "dtype": str(shape.dtype).removeprefix("torch."),
         "heads": [shape.query_heads, shape.key_value_heads, shape.head_dim],
         "block_size": shape.block_size,
         "topk": shape.topk,
         "torch": torch.__version__,
-        "kernels": _kernels_version(),
+        "kernels": kernels_version(),
     }
 
 
@@ -300,7 +300,8 @@ def _text(key: dict[str, Any]) -> str:
 
 
 @functools.cache
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor and the vector instructions that torch uses on it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -309,7 +310,7 @@ def _cpu_name() -> str:
 
 
 @functools.cache
-def _kernels_version() -> str:
+def kernels_version() -> str:
     """A hash of the sources of the ops: another implementation has another break-even."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
