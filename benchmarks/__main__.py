@@ -99,6 +99,7 @@ def _run_end_to_end(dtype: str, device: torch.device, threads: int, options: arg
         topk=2 if options.quick else 16,
         dense_below=0 if options.quick else "auto",
         new_tokens=4 if options.quick else 16,
+        has_compile_times=not options.quick,
     )
     result = run_model(request)
     return {**asdict(result), "threads": threads, "markdown": to_markdown(result)}

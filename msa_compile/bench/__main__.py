@@ -12,24 +12,26 @@ from pathlib import Path
 import torch
 
 from msa_compile.backend import INNER_COMPILERS
-from msa_compile.bench.model import Request, run_model
+from msa_compile.bench.model import DENSE, DTYPES, SPARSE, Request, first_calls, run_model
 from msa_compile.bench.subject import SHAPES
 from msa_compile.bench.table import to_text
 from msa_compile.errors import BenchArgumentError, MSAError
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what the command line asks for and print it; 1 if the gate is red, 2 on a mistake."""
-    options = _parse(argv)
+    options = parse(argv)
     before = torch.get_num_threads()
     try:
         if options.threads is not None:
             if options.threads < 1:
                 raise BenchArgumentError(f"threads is {options.threads}; legal are whole numbers from 1")
             torch.set_num_threads(options.threads)
-        result = run_model(_request(options))
+        request = to_request(options)
+        if options.first_calls:
+            print(json.dumps(first_calls(request, options.first_calls)))
+            return 0
+        result = run_model(request)
     except MSAError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -42,7 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if result.is_green else 1
 
 
-def _request(options: argparse.Namespace) -> Request:
+def to_request(options: argparse.Namespace) -> Request:
+    """What the command line asks for.
+
+    Raises:
+        BenchArgumentError: It cannot be met here.
+    """
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BenchArgumentError("device is cuda, and torch finds none here; nothing was run")
@@ -51,7 +58,7 @@ def _request(options: argparse.Namespace) -> Request:
         model=options.model,
         lengths=parse_lengths(options.lengths),
         layers=options.layers,
-        dtype=_DTYPES[dtype],
+        dtype=DTYPES[dtype],
         device=device,
         inner=options.inner,
         block_size=options.block_size,
@@ -59,6 +66,7 @@ def _request(options: argparse.Namespace) -> Request:
         dense_below="auto" if options.dense_below is None else options.dense_below,
         new_tokens=options.new,
         seconds=options.seconds,
+        has_compile_times=not options.no_compile_times,
     )
 
 
@@ -74,14 +82,15 @@ def parse_lengths(text: str) -> tuple[int, ...]:
         raise BenchArgumentError(f"lengths are {text!r}; legal are whole numbers with commas, 8192,32768") from error
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m msa_compile.bench", description="time a model, dense and sparse")
     add = parser.add_argument
     shapes = ", ".join(SHAPES)
     add("model", metavar="MODEL", help=f"a hub name, a local folder, a config.json, or a built-in shape: {shapes}")
     add("--lengths", default="8192,32768", metavar="N,N", help="tokens of the prompts (default %(default)s)")
     add("--layers", type=int, metavar="N", help="keep N layers (default: all, or as many of 4 as fit into memory)")
-    add("--dtype", choices=tuple(_DTYPES), help="(default fp32 on a CPU, bf16 on a GPU)")
+    add("--dtype", choices=tuple(DTYPES), help="(default fp32 on a CPU, bf16 on a GPU)")
     add("--device", choices=("cpu", "cuda"), help="(default cuda where there is one)")
     add("--threads", type=int, metavar="N", help="of torch on a CPU (default: torch's own)")
     add("--inner", choices=INNER_COMPILERS, default="inductor", help="compiler of both models (default %(default)s)")
@@ -90,6 +99,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dense-below", type=int, metavar="N", help="(default: the measured break-even; 0: everything runs sparse)")
     add("--new", type=int, default=16, metavar="N", help="tokens of decode to time, at most (default %(default)s)")
     add("--seconds", type=float, default=20.0, help="to fill with rounds of one length (default %(default)s)")
+    add("--no-compile-times", action="store_true", help="leave out what takes four more processes")
+    add("--first-calls", choices=(DENSE, SPARSE), help=argparse.SUPPRESS)
     add("--json", type=Path, metavar="FILE", help="write everything measured there too")
     return parser.parse_args(argv)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,6 @@ def peak_above(call: Callable[[], Result], device: torch.device) -> tuple[Result
         result = call()
         torch.cuda.synchronize(device)
         return result, torch.cuda.max_memory_allocated(device) - before
-    gc.collect()
     # Large blocks are mapped and unmapped by themselves; this is for what was freed in the heap.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
+import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from msa_compile import MSAConfig
 from msa_compile.backend import check_inner
 from msa_compile.bench.amdahl import Shares, attention_flops, attention_seconds, other_flops_per_token
 from msa_compile.bench.memory import peak_above
-from msa_compile.bench.spread import Rounds, Spread, take_rounds
+from msa_compile.bench.spread import Spread, take_rounds
 from msa_compile.bench.subject import Subject, build_subject, size_of
 from msa_compile.errors import BenchArgumentError
 from msa_compile.kernels.stopwatch import seconds_of
@@ -26,7 +26,10 @@ from msa_compile.records import Site
 from msa_compile.runtime import mark_dynamic
 
 DENSE, SPARSE = "dense", "sparse"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CPU = torch.device("cpu")
+# A size that was taken for a constant shows as a number only when it has changed.
+_STEPS_THAT_COMPILE = 3
 # Relative difference of logits, all blocks selected, that a dtype's rounding over a model's layers explains.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -44,6 +47,7 @@ class Request:
         block_size, topk, dense_below: Of ``MSAConfig``.
         new_tokens: Steps of decode that are timed.
         seconds: Time to fill with rounds of prefill at one length.
+        has_compile_times: Whether compilation is timed, in processes of its own.
     """
 
     model: str
@@ -57,6 +61,7 @@ class Request:
     dense_below: int | Literal["auto"] = "auto"
     new_tokens: int = 16
     seconds: float = 20.0
+    has_compile_times: bool = True
 
 
 @dataclass(frozen=True)
@@ -84,11 +89,11 @@ class LengthResult:
 
 @dataclass(frozen=True)
 class Compiling:
-    """Seconds of first calls above later ones, prefill and step together.
+    """Seconds of the first prefill and steps above later ones, in a process of its own.
 
     Attributes:
-        cold: With empty caches.
-        warm: Again in the same process, Inductor's cache on disk filled.
+        cold: With an empty cache.
+        warm: In another process, with the cache on disk that the first one filled.
     """
 
     cold: float
@@ -153,18 +158,19 @@ def run_model(
     say(f"building {request.model}")
     subject = build_subject(request.model, request.layers, request.dtype, request.device)
     say(f"{size_of(subject.model) / 2**30:.2f} GiB of weights; {'; '.join(subject.notes)}")
-    with torch.no_grad(), _own_inductor_cache():
+    compiling = {}
+    with torch.no_grad():
         verdict = _gate(subject, request)
         say(f"gate: {verdict}")
         lengths: list[LengthResult] = []
-        compiling: dict[str, Compiling] = {}
         pair = _Pair(subject, request)
         if verdict.startswith("green"):
             other = other_flops_per_token(lambda n: pair.plain(**subject.first(_prompt(subject, n, request))))
             for length in sorted(request.lengths):
                 lengths.append(pair.measure(length, other, say))
-            compiling = pair.compile_times(min(request.lengths), say)
         report = msa_compile.explain(pair.sparse)
+    if lengths and request.has_compile_times:
+        compiling = {name: compile_times(request, name, say) for name in (DENSE, SPARSE)}
     return ModelResult(
         model=request.model,
         layers=subject.layers,
@@ -182,7 +188,7 @@ def run_model(
         gate=verdict,
         sparse_sites=len({site.name for site in report.sparse}),
         dense_sites=len({site.name for site in report.dense}),
-        dense_calls=pair.dense_calls + report.dense_calls,
+        dense_calls=report.dense_calls,
         lengths=tuple(lengths),
         compiling=compiling,
     )
@@ -201,21 +207,6 @@ def check_lengths(lengths: tuple[int, ...]) -> None:
 def _prompt(subject: Subject, length: int, request: Request) -> torch.Tensor:
     generator = torch.Generator().manual_seed(length)
     return torch.randint(subject.vocabulary, (1, length), generator=generator).to(request.device)
-
-
-@contextlib.contextmanager
-def _own_inductor_cache() -> Iterator[None]:
-    """An empty folder for what Inductor compiles, so that cold is cold."""
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    before = os.environ.get(name)
-    with tempfile.TemporaryDirectory(prefix="msa_bench_", ignore_cleanup_errors=True) as folder:
-        os.environ[name] = folder
-        try:
-            yield
-        finally:
-            os.environ.pop(name)
-            if before is not None:
-                os.environ[name] = before
 
 
 def _gate(subject: Subject, request: Request) -> str:
@@ -249,13 +240,6 @@ class _Pair:
         self.request = request
         self.plain = subject.model
         self.results: dict[str, Any] = {}
-        self.first_calls: dict[str, float] = {}
-        self.dense_calls = 0
-        self._renew()
-
-    def _renew(self) -> None:
-        """Both models anew, nothing compiled."""
-        request = self.request
         config = MSAConfig(block_size=request.block_size, topk_blocks=request.topk, dense_below=request.dense_below)
         ids = _prompt(self.subject, min(request.lengths), request)
         self.sparse = msa_compile.sparsify(
@@ -293,20 +277,18 @@ class _Pair:
         request, device = self.request, self.request.device
         say(f"{length} tokens: first calls")
         prefills, steps = self.prefills(length), self.steps()
-        first: dict[str, float] = {}
         peaks: dict[str, int | None] = {}
         for name in (DENSE, SPARSE):
-            first[name] = seconds_of(prefills[name], device)
+            prefills[name]()
             self.results.pop(name)
             _, peaks[name] = peak_above(prefills[name], device)
         say(f"{length} tokens: prefill")
         prefill = take_rounds(prefills, device, seconds=request.seconds, least=3, most=7)
-        for name in (DENSE, SPARSE):
-            first[name] += seconds_of(steps[name], device)
+        for _ in range(_STEPS_THAT_COMPILE):
+            for name in (DENSE, SPARSE):
+                steps[name]()
         say(f"{length} tokens: decode")
         step = take_rounds(steps, device, seconds=request.seconds, least=3, most=request.new_tokens)
-        if not self.first_calls:
-            self.first_calls = {name: first[name] - self._later(name, prefill, step) for name in first}
         sites = self._sites()
         alone = attention_seconds(sites, length, request.dtype, device, seconds=request.seconds / 4)
         flops = attention_flops(sites, length)
@@ -326,28 +308,49 @@ class _Pair:
         self.results.clear()
         return result
 
-    def _later(self, name: str, prefill: Rounds, step: Rounds) -> float:
-        return prefill.of(name).median + step.of(name).median
-
     def _sites(self) -> list[Site]:
         """The sites that were made sparse, each once."""
         return list({site.name: site for site in msa_compile.explain(self.sparse).sparse}.values())
 
-    def compile_times(self, length: int, say: Callable[[str], None]) -> dict[str, Compiling]:
-        """Compile again, with the cache on disk that the first time filled."""
-        say("compiling again, warm")
-        self.dense_calls += msa_compile.explain(self.sparse).dense_calls
-        torch._dynamo.reset()
-        self._renew()
-        found = {}
-        for name in (DENSE, SPARSE):
-            started = time.perf_counter()
-            self.prefills(length)[name]()
-            self.steps()[name]()
-            first = time.perf_counter() - started
-            self.prefills(length)[name]()
-            later = seconds_of(self.prefills(length)[name], self.request.device)
-            later += seconds_of(self.steps()[name], self.request.device)
-            found[name] = Compiling(max(0.0, self.first_calls[name]), max(0.0, first - later))
-        self.results.clear()
-        return found
+
+def first_calls(request: Request, name: str) -> float:
+    """Seconds that the first prefill and steps of one of the two models take above later ones, in this process."""
+    subject = build_subject(request.model, request.layers, request.dtype, request.device)
+    with torch.no_grad():
+        pair = _Pair(subject, request)
+        prefill, step = pair.prefills(min(request.lengths))[name], pair.steps()[name]
+        calls = [prefill, *[step] * _STEPS_THAT_COMPILE]
+        first, later = (sum(seconds_of(call, request.device) for call in calls) for _ in range(2))
+    return max(0.0, first - later)
+
+
+def compile_times(request: Request, name: str, say: Callable[[str], None]) -> Compiling:
+    """Compile one of the two models in two new processes that share a cache, empty for the first."""
+    command = [sys.executable, "-m", "msa_compile.bench", *to_arguments(request), "--first-calls", name]
+    taken = []
+    with tempfile.TemporaryDirectory(prefix="msa_bench_", ignore_cleanup_errors=True) as folder:
+        caches = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
+        for state in ("cold", "warm"):
+            say(f"compiling the {name} model, {state}")
+            done = subprocess.run(command, env={**os.environ, **caches}, check=True, stdout=subprocess.PIPE, text=True)
+            taken.append(float(json.loads(done.stdout.splitlines()[-1])))
+    return Compiling(*taken)
+
+
+def to_arguments(request: Request) -> list[str]:
+    """The command line that means this request."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    given = {
+        "--lengths": ",".join(map(str, request.lengths)),
+        "--layers": request.layers,
+        "--dtype": names[request.dtype],
+        "--device": request.device.type,
+        "--threads": torch.get_num_threads(),
+        "--inner": request.inner,
+        "--block-size": request.block_size,
+        "--topk": request.topk,
+        "--dense-below": None if request.dense_below == "auto" else request.dense_below,
+        "--new": request.new_tokens,
+        "--seconds": request.seconds,
+    }
+    return [request.model, *(part for name, value in given.items() if value is not None for part in (name, str(value)))]

@@ -114,6 +114,8 @@ def _build_shape(name: str, layers: int | None, dtype: torch.dtype, device: torc
 
 def _build_hub(name: str, layers: int | None, dtype: torch.dtype, device: torch.device) -> Subject:
     path = Path(name)
+    if path.suffix == ".json" and not path.is_file():
+        raise UnknownModelError(f"{name!r} is no built-in shape ({', '.join(SHAPES)}), and there is no such file")
     try:
         config = hub_config(name)
         text = config.get_text_config()
@@ -211,5 +213,4 @@ def cut_note(layers: int, whole: int, is_vocabulary_cut: bool) -> list[str]:
     """What to say of a model that is not whole."""
     if layers == whole:
         return []
-    cut = f", vocabulary cut to {CUT_VOCABULARY}" if is_vocabulary_cut else ""
-    return [f"{layers} of {whole} layers at their real widths{cut}"]
+    return ["layers at their real widths", *([f"vocabulary cut to {CUT_VOCABULARY}"] if is_vocabulary_cut else [])]
