@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -158,7 +159,21 @@ def run_model(
     say(f"building {request.model}")
     subject = build_subject(request.model, request.layers, request.dtype, request.device)
     say(f"{size_of(subject.model) / 2**30:.2f} GiB of weights; {'; '.join(subject.notes)}")
-    compiling = {}
+    result = _measure(subject, request, say)
+    if not (result.lengths and request.has_compile_times):
+        return result
+    # The processes that compile need the memory.
+    del subject
+    torch._dynamo.reset()
+    gc.collect()
+    if request.device.type == "cuda":
+        torch.cuda.empty_cache()
+    same = replace(request, layers=result.layers)
+    return replace(result, compiling={name: compile_times(same, name, say) for name in (DENSE, SPARSE)})
+
+
+def _measure(subject: Subject, request: Request, say: Callable[[str], None]) -> ModelResult:
+    """Everything but compile times."""
     with torch.no_grad():
         verdict = _gate(subject, request)
         say(f"gate: {verdict}")
@@ -169,8 +184,6 @@ def run_model(
             for length in sorted(request.lengths):
                 lengths.append(pair.measure(length, other, say))
         report = msa_compile.explain(pair.sparse)
-    if lengths and request.has_compile_times:
-        compiling = {name: compile_times(request, name, say) for name in (DENSE, SPARSE)}
     return ModelResult(
         model=request.model,
         layers=subject.layers,
@@ -190,7 +203,7 @@ def run_model(
         dense_sites=len({site.name for site in report.dense}),
         dense_calls=report.dense_calls,
         lengths=tuple(lengths),
-        compiling=compiling,
+        compiling={},
     )
 
 

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 CACHE_VARIABLE = "MSA_COMPILE_CACHE"
 # Seconds that a measurement may take; a single step that was not foreseen can overrun it.
 TIME_LIMIT = 2.5
+# Seconds after which a measurement is given up.
+PATIENCE = 30.0
 # Where sparse does not win in the time there is, it is taken from this many budgets, or this many keys, on at most.
 MOST_BUDGETS, MOST_KEYS = 16, 32768
 # Groups of heads that are timed on a CPU, where time is proportional to their number.
@@ -135,7 +137,11 @@ def forget() -> None:
 
 
 def _measure_apart(shape: ShapeClass) -> BreakEven:
-    """Measure in a thread of its own, free of what belongs to the caller's: fake tensors, autocast, gradient mode."""
+    """Measure in a thread of its own, free of what belongs to the caller's: fake tensors, autocast, gradient mode.
+
+    The caller may be inside of Dynamo and hold its lock; an op that compiled something at its first call would wait for
+    it without end, so the thread is not waited for without end either.
+    """
     found: list[BreakEven] = []
 
     def run() -> None:
@@ -144,14 +150,15 @@ def _measure_apart(shape: ShapeClass) -> BreakEven:
                 found.append(measure(shape))
         except Exception as error:  # a machine out of memory shall still compile the model
             log.debug("the break-even could not be measured", exc_info=True)
-            said = f"it could not be measured: {type(error).__name__}: {error}"
-            log.warning("dense_below='auto' is %d: %s", shape.budget, said)
-            found.append(BreakEven(shape.budget, "unmeasured", said))
+            found.append(BreakEven(shape.budget, "unmeasured", f"{type(error).__name__}: {error}"))
 
-    thread = threading.Thread(target=run, name="msa_compile break-even")
+    thread = threading.Thread(target=run, name="msa_compile break-even", daemon=True)
     thread.start()
-    thread.join()
-    return found[0]
+    thread.join(PATIENCE)
+    result = found[0] if found else BreakEven(shape.budget, "unmeasured", f"no result after {PATIENCE:.0f} s")
+    if result.origin == "unmeasured":
+        log.warning("the break-even could not be measured, so dense_below is the budget: %s", result.detail)
+    return result
 
 
 def measure(shape: ShapeClass) -> BreakEven:

@@ -152,6 +152,16 @@ def test_a_measurement_that_fails_leaves_the_budget_and_is_not_kept(monkeypatch,
     assert not list(tmp_path.rglob("*.json"))
 
 
+def test_a_measurement_that_hangs_is_given_up(monkeypatch, caplog):
+    going_on = threading.Event()
+    monkeypatch.setattr(module, "PATIENCE", 0.01)
+    monkeypatch.setattr(module, "measure", lambda shape: going_on.wait(20))
+    found = module.break_even(SHAPE)
+    going_on.set()
+    assert (found.keys, found.origin) == (SHAPE.budget, "unmeasured")
+    assert "no result after" in caplog.text
+
+
 def test_the_measurement_is_free_of_the_callers_modes(monkeypatch):
     seen = {}
 
