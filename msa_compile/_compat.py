@@ -134,6 +134,37 @@ def compiled_module_class() -> type[torch.nn.Module]:
     return OptimizedModule
 
 
+def hub_config(name: str) -> Any:
+    """The configuration of a model of the hub, of a local folder, or in a JSON file.
+
+    Raises:
+        ImportError: transformers is not installed.
+        OSError, ValueError: There is no such model, or transformers does not know its kind.
+    """
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(name)
+
+
+def hub_model(config: Any, dtype: torch.dtype, *, weights: str | None = None) -> torch.nn.Module:
+    """A causal language model of ``config`` whose attention goes through SDPA.
+
+    Args:
+        config: Of ``hub_config``.
+        dtype: Of the weights.
+        weights: Name or folder to load weights from; default random ones.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": dtype, "attn_implementation": "sdpa"}
+    model: torch.nn.Module = (
+        AutoModelForCausalLM.from_config(config, **options)
+        if weights is None
+        else AutoModelForCausalLM.from_pretrained(weights, config=config, **options)
+    )
+    return model.eval()
+
+
 def graph_inputs(gm: GraphModule) -> list[tuple[str, object]]:
     """Where each input of a Dynamo graph comes from, as ``"L['self']._parameters['weight']"``, and its value."""
     arguments = [node.meta.get("grapharg") for node in gm.graph.nodes if node.op == "placeholder"]
@@ -208,37 +239,6 @@ def _frame_prefixes(gm: GraphModule, model: torch.nn.Module) -> dict[str, str]:
         fits = {path[: len(path) - len(tail)].rstrip(".") for path in paths[id(value)] if _ends_with(path, tail)}
         candidates[found[1]] = candidates.get(found[1], fits) & fits
     return {local: min(fits, key=len) for local, fits in candidates.items() if fits}
-
-
-def hub_config(name: str) -> Any:
-    """The configuration of a model of the hub, of a local folder, or in a JSON file.
-
-    Raises:
-        ImportError: transformers is not installed.
-        OSError, ValueError: There is no such model, or transformers does not know its kind.
-    """
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(name)
-
-
-def hub_model(config: Any, dtype: torch.dtype, *, weights: str | None = None) -> torch.nn.Module:
-    """A causal language model of ``config`` whose attention goes through SDPA.
-
-    Args:
-        config: Of ``hub_config``.
-        dtype: Of the weights.
-        weights: Name or folder to load weights from; default random ones.
-    """
-    from transformers import AutoModelForCausalLM
-
-    options = {"dtype": dtype, "attn_implementation": "sdpa"}
-    model: torch.nn.Module = (
-        AutoModelForCausalLM.from_config(config, **options)
-        if weights is None
-        else AutoModelForCausalLM.from_pretrained(weights, config=config, **options)
-    )
-    return model.eval()
 
 
 def _ends_with(path: str, tail: str) -> bool:
