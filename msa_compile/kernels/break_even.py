@@ -66,18 +66,21 @@ class ShapeClass:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of one call at one length: a prefill of ``length`` tokens, and one token after as many."""
+    """Seconds of one call at one length."""
 
     length: int
-    dense_prefill: float
-    sparse_prefill: float
-    dense_decode: float
-    sparse_decode: float
+    dense: float
+    sparse: float
 
     @property
     def is_won(self) -> bool:
-        """Whether sparse is at least as fast in both."""
-        return self.sparse_prefill <= self.dense_prefill and self.sparse_decode <= self.dense_decode
+        """Whether sparse is at least as fast."""
+        return self.sparse <= self.dense
+
+    @property
+    def ratio(self) -> float:
+        """How many times longer sparse takes."""
+        return self.sparse / self.dense
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,8 @@ def break_even(shape: ShapeClass) -> BreakEven:
                 log.warning("sparse attention did not become faster than dense: %s", found.detail)
             key = _key(shape)
             _remembered[_text(key)] = found
-            if found.origin != "unmeasured":
+            # Another day the machine may be less busy: what is no answer is asked for again by the next process.
+            if found.origin in ("measured", "extrapolated"):
                 _write(key, found)
         return found
 
@@ -162,13 +166,22 @@ def _measure_apart(shape: ShapeClass) -> BreakEven:
 
 
 def measure(shape: ShapeClass) -> BreakEven:
-    """Time dense and sparse attention of ``shape`` at growing lengths."""
-    steps = take_steps(shape.budget, lambda length: _time_step(shape, length))
-    return judge(shape.budget, steps)
+    """Time dense and sparse attention of ``shape`` at growing lengths: of a prompt, and of one token after it."""
+    _time_step(shape, 16, is_decode=False)  # what is made once, at a first call, is not a matter of length
+    lengths = lengths_to_time(shape.budget)
+    decode = take_steps(
+        shape.budget,
+        [length for length in lengths if length >= shape.budget],
+        lambda length: _time_step(shape, length, is_decode=True),
+        limit=TIME_LIMIT / 3,
+    )
+    prefill = take_steps(shape.budget, lengths, lambda length: _time_step(shape, length, is_decode=False))
+    return judge(shape, prefill, decode)
 
 
 def take_steps(
     budget: int,
+    lengths: Sequence[int],
     time_step: Callable[[int], Step],
     clock: Callable[[], float] = time.perf_counter,
     limit: float = TIME_LIMIT,
@@ -177,28 +190,29 @@ def take_steps(
 
     Args:
         budget: Keys that a query reads; shorter lengths only tell what a longer one will cost.
+        lengths: Growing.
         time_step: Measures at a length.
         clock: Seconds.
         limit: Seconds for all.
     """
     started = clock()
     steps: list[Step] = []
-    cost = 0.0
-    for length in _lengths(budget):
-        # Nothing here grows faster than with the square.
-        if steps and clock() - started + cost * (length / steps[-1].length) ** 2 > limit:
-            break
-        before = clock()
+    for length in lengths:
+        if steps:
+            # Nothing here grows faster than with the square, and slow calls are timed once.
+            once = (steps[-1].dense + steps[-1].sparse) * (length / steps[-1].length) ** 2
+            if clock() - started + once > limit:
+                break
         steps.append(time_step(length))
-        cost = clock() - before
         if [step.is_won and step.length >= budget for step in steps[-2:]] == [True, True]:
             break
     return steps
 
 
-def _lengths(budget: int) -> list[int]:
+def lengths_to_time(budget: int) -> list[int]:
+    """Lengths up to the longest that is kept dense; the first few are below the budget."""
     longest = longest_dense(budget)
-    ramp = [length for length in (budget // 16, budget // 4) if length >= 16]
+    ramp = [length for length in (budget // 16, budget // 8, budget // 4, budget // 2) if length >= 16]
     grid = [budget * 2**power * part // 2 for power in range(32) for part in (2, 3)]
     return [*ramp, *(length for length in grid if length <= longest)]
 
@@ -208,83 +222,104 @@ def longest_dense(budget: int) -> int:
     return max(MOST_BUDGETS * budget, MOST_KEYS)
 
 
-def judge(budget: int, steps: Sequence[Step]) -> BreakEven:
-    """The break-even that steps of growing length show: the shortest from which every longer one is won.
+def judge(shape: ShapeClass, prefill: Sequence[Step], decode: Sequence[Step]) -> BreakEven:
+    """The break-even that steps of growing length show: prefill and decode both have to be won from there on.
 
     Args:
-        budget: No break-even is shorter.
-        steps: At least one.
+        shape: Whose steps they are; no break-even is shorter than its budget.
+        prefill: At least one step.
+        decode: At least one step.
     """
-    won: list[Step] = []
+    won = [_won_from(steps, shape.budget) for steps in (prefill, decode)]
+    if won[0] is not None and won[1] is not None:
+        keys = max(won[0], won[1])
+        return BreakEven(keys, "measured", f"sparse is as fast from {keys} keys on")
+    told = " and ".join(
+        f"takes {steps[-1].ratio:.2f}x the time in {name} at {steps[-1].length} keys"
+        for name, steps, keys in (("prefill", prefill, won[0]), ("decode", decode, won[1]))
+        if keys is None
+    )
+    longest = longest_dense(shape.budget)
+    met = max(
+        won[0] or _crossing(prefill, shape.budget) or _crossing_of_flops(shape, prefill[-1]),
+        won[1] or _crossing(decode, shape.budget) or math.inf,
+    )
+    if met <= longest:
+        keys = max(shape.budget, math.ceil(met))
+        return BreakEven(keys, "extrapolated", f"sparse {told}; as fast from {keys} keys on, extrapolated")
+    return BreakEven(longest, "bound", f"sparse {told}; taken from {longest} keys on, the most that is kept dense")
+
+
+def _won_from(steps: Sequence[Step], budget: int) -> int | None:
+    """The shortest length, not below the budget, from which every step is won."""
+    shortest = None
     for step in reversed(steps):
         if not step.is_won or step.length < budget:
             break
-        won.append(step)
-    if won:
-        return BreakEven(won[-1].length, "measured", f"sparse is as fast from {won[-1].length} keys on")
-    last = steps[-1]
-    pairs = [
-        [(step.length, step.sparse_prefill / step.dense_prefill) for step in steps],
-        [(step.length, step.sparse_decode / step.dense_decode) for step in steps],
-    ]
-    met = max(_crossing(ratios) for ratios in pairs)
-    slower = (
-        f"at {last.length} keys sparse takes {last.sparse_prefill / last.dense_prefill:.2f}x the time in prefill and "
-        f"{last.sparse_decode / last.dense_decode:.2f}x in decode"
-    )
-    longest = longest_dense(budget)
-    if met <= longest:
-        keys = max(budget, math.ceil(met))
-        return BreakEven(keys, "extrapolated", f"{slower}; as fast from {keys} keys on, extrapolated")
-    return BreakEven(longest, "bound", f"{slower}; taken from {longest} keys on, the most that is kept dense")
+        shortest = step.length
+    return shortest
 
 
-def _crossing(ratios: Sequence[tuple[int, float]]) -> float:
-    """Where the ratio sparse / dense reaches 1, by the line through the last two in a log-log plot."""
-    length, ratio = ratios[-1]
-    if ratio <= 1:
-        return float(length)
-    if len(ratios) < 2:
+def _crossing(steps: Sequence[Step], budget: int) -> float | None:
+    """Where sparse / dense reaches 1, by the line through the last two steps of a log-log plot; none below the budget.
+
+    Up to the budget sparse reads all that dense reads, so the ratio there says nothing of its course beyond.
+    """
+    beyond = [step for step in steps if step.length >= budget]
+    if len(beyond) < 2:
+        return None
+    before, last = beyond[-2:]
+    slope = math.log(last.ratio / before.ratio) / math.log(last.length / before.length)
+    return last.length * last.ratio ** (-1 / slope) if slope < -0.05 else math.inf
+
+
+def _crossing_of_flops(shape: ShapeClass, step: Step) -> float:
+    """Where sparse / dense reaches 1 in prefill, if it goes the way of the FLOPs from one step on."""
+    index = shape.key_value_heads / (2 * shape.query_heads)
+
+    def flops(length: float) -> float:
+        share = min(1.0, shape.budget / length)
+        return index + share * (2 - share)
+
+    slower = step.ratio / flops(step.length)
+    longest = longest_dense(shape.budget)
+    if slower * flops(longest) > 1:
         return math.inf
-    before, ratio_before = ratios[-2]
-    slope = math.log(ratio / ratio_before) / math.log(length / before)
-    return length * ratio ** (-1 / slope) if slope < -0.05 else math.inf
+    low, high = float(shape.budget), float(longest)
+    while high - low > 1:
+        middle = (low + high) / 2
+        low, high = (low, middle) if slower * flops(middle) <= 1 else (middle, high)
+    return high
 
 
-def _time_step(shape: ShapeClass, length: int) -> Step:
+def _time_step(shape: ShapeClass, length: int, *, is_decode: bool) -> Step:
     groups = shape.key_value_heads
     if shape.device.type == "cpu":
         groups = min(groups, _TIMED_GROUPS)
     heads = shape.query_heads // shape.key_value_heads * groups
     generator = torch.Generator(shape.device).manual_seed(0)
 
-    def random(count: int) -> torch.Tensor:
-        size = (1, count, length, shape.head_dim)
-        return torch.randn(size, generator=generator, device=shape.device, dtype=torch.float32).to(shape.dtype)
+    def random(count: int, tokens: int) -> torch.Tensor:
+        made = torch.empty(1, count, tokens, shape.head_dim, device=shape.device, dtype=shape.dtype)
+        return made.normal_(generator=generator)
 
-    query, key, value = random(heads), random(groups), random(groups)
-    newest = query[:, :, -1:]
+    query, key, value = random(heads, 1 if is_decode else length), random(groups, length), random(groups, length)
 
-    def sparse(rows: torch.Tensor) -> torch.Tensor:
-        index_query = rows if heads == groups else rows.unflatten(1, (groups, -1)).mean(2)
+    def dense() -> object:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=not is_decode, enable_gqa=True)
+
+    def sparse() -> object:
+        index_query = query if heads == groups else query.unflatten(1, (groups, -1)).mean(2)
         ids = select_blocks(index_query, key, block_size=shape.block_size, topk=shape.topk)
-        return block_sparse_attention(rows, key, value, ids, block_size=shape.block_size)
+        return block_sparse_attention(query, key, value, ids, block_size=shape.block_size)
 
-    def dense(rows: torch.Tensor) -> torch.Tensor:
-        is_causal = rows.shape[2] > 1
-        return F.scaled_dot_product_attention(rows, key, value, is_causal=is_causal, enable_gqa=True)
-
-    prefill = _medians([lambda: dense(query), lambda: sparse(query)], shape.device, rounds=3)
-    decode = _medians([lambda: dense(newest), lambda: sparse(newest)], shape.device, rounds=15)
-    return Step(length, *prefill, *decode)
-
-
-def _medians(calls: Sequence[Callable[[], object]], device: torch.device, rounds: int) -> list[float]:
-    """Median seconds of each call; a first call that was slow is the only one."""
-    first = [seconds_of(call, device) for call in calls]
-    if sum(first) > TIME_LIMIT / 8:
-        return first
-    return [statistics.median(taken) for taken in zip(*interleaved_seconds(calls, device, rounds), strict=True)]
+    first = (seconds_of(dense, shape.device), seconds_of(sparse, shape.device))
+    # Of slow calls, one has to do: a longer one tells more than a second one of this length.
+    rounds = 0 if sum(first) > TIME_LIMIT / 25 else 7 if is_decode else 3
+    if rounds:
+        taken = interleaved_seconds([dense, sparse], shape.device, rounds)
+        first = (statistics.median(pair[0] for pair in taken), statistics.median(pair[1] for pair in taken))
+    return Step(length, *first)
 
 
 def _key(shape: ShapeClass) -> dict[str, Any]:

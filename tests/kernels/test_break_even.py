@@ -3,19 +3,32 @@
 import json
 import logging
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
 from msa_compile.kernels import break_even as module
-from msa_compile.kernels.break_even import BreakEven, ShapeClass, Step, judge, longest_dense, take_steps
+from msa_compile.kernels.break_even import (
+    BreakEven,
+    ShapeClass,
+    Step,
+    judge,
+    lengths_to_time,
+    longest_dense,
+    take_steps,
+)
 
 SHAPE = ShapeClass(torch.device("cpu"), torch.float32, 4, 2, 8, block_size=4, topk=3)
 
 
-def step(length, prefill, decode=0.5):
+def step(length, ratio):
     """A step at which sparse takes so many times the time of dense."""
-    return Step(length, 1.0, prefill, 1.0, decode)
+    return Step(length, 1.0, ratio)
+
+
+WON = [step(64, 0.5), step(96, 0.5)]
+WIDE = replace(SHAPE, block_size=16, topk=4)  # a budget of 64
 
 
 class Machine:
@@ -25,36 +38,45 @@ class Machine:
         self.now, self.sparse, self.dense = 0.0, sparse, dense
 
     def __call__(self, length):
-        self.now += 3 * (self.sparse(length) + self.dense(length))
-        return Step(length, self.dense(length), self.sparse(length), 2.0, 1.0)
+        self.now += self.sparse(length) + self.dense(length)
+        return Step(length, self.dense(length), self.sparse(length))
 
     def steps(self, budget, limit=2.5):
-        return take_steps(budget, self, clock=lambda: self.now, limit=limit)
+        return take_steps(budget, lengths_to_time(budget), self, clock=lambda: self.now, limit=limit)
 
 
 def test_break_even_is_the_shortest_length_from_which_all_are_won():
     steps = [step(16, 0.1), step(64, 3), step(96, 0.9), step(128, 1.2), step(192, 1.0), step(256, 0.5)]
-    assert judge(64, steps) == BreakEven(192, "measured", "sparse is as fast from 192 keys on")
+    assert judge(WIDE, steps, WON) == BreakEven(192, "measured", "sparse is as fast from 192 keys on")
+    assert judge(WIDE, WON, steps).keys == 192, "decode has to be won too"
 
 
 def test_a_length_below_the_budget_is_never_the_break_even():
-    assert judge(64, [step(16, 0.1), step(32, 0.1), step(64, 0.1)]).keys == 64
-
-
-def test_decode_has_to_be_won_too():
-    assert judge(64, [step(64, 0.5, decode=1.1), step(96, 0.5, decode=1.0)]).keys == 96
+    assert judge(WIDE, [step(16, 0.1), step(32, 0.1), step(64, 0.1)], WON).keys == 64
 
 
 def test_what_was_not_reached_is_extrapolated_and_says_so():
-    found = judge(64, [step(64, 4), step(128, 2)])
+    found = judge(WIDE, [step(64, 4), step(128, 2)], WON)
     assert (found.keys, found.origin) == (256, "extrapolated")
-    assert "2.00x the time in prefill" in found.detail
+    assert "takes 2.00x the time in prefill at 128 keys" in found.detail
+    assert "decode" not in found.detail
 
 
-@pytest.mark.parametrize("steps", [[step(64, 3)], [step(64, 3), step(128, 3)], [step(64, 3), step(128, 2.99)]])
+def test_from_below_the_budget_it_goes_the_way_of_the_flops():
+    # Hq = 4, Hkv = 2: sparse does 1.25 times the FLOPs of dense up to the budget, and at length N beyond
+    # 0.25 + share * (2 - share) times, share = 64 / N. As slow for its FLOPs as dense where the ratio is 1.25.
+    found = judge(WIDE, [step(16, 9.0), step(32, 1.25)], WON)
+    assert found.origin == "extrapolated"
+    share = 64 / found.keys
+    assert 0.25 + share * (2 - share) == pytest.approx(1, abs=0.02)
+    assert judge(WIDE, [step(32, 6.0)], WON).origin == "bound", "a quarter of the FLOPs at best, at a fifth of the rate"
+
+
+@pytest.mark.parametrize("steps", [[step(64, 30)], [step(64, 3), step(128, 3)], [step(64, 3), step(128, 2.99)]])
 def test_where_sparse_comes_no_nearer_the_bound_is_taken(steps):
-    found = judge(64, steps)
+    found = judge(WIDE, steps, WON)
     assert (found.keys, found.origin) == (longest_dense(64), "bound")
+    assert judge(WIDE, WON, steps).origin == "bound"
     assert longest_dense(64) == 32768
     assert longest_dense(4096) == 16 * 4096
 
@@ -62,8 +84,8 @@ def test_where_sparse_comes_no_nearer_the_bound_is_taken(steps):
 def test_steps_end_when_two_in_a_row_are_won():
     machine = Machine(sparse=lambda n: 3e-4 * n)  # as fast from 3000 keys on
     steps = machine.steps(2048, limit=1e9)
-    assert [entry.length for entry in steps] == [128, 512, 2048, 3072, 4096]
-    assert judge(2048, steps).keys == 3072
+    assert [entry.length for entry in steps] == [128, 256, 512, 1024, 2048, 3072, 4096]
+    assert judge(replace(SHAPE, block_size=128, topk=16), steps, [step(2048, 0.1)]).keys == 3072
 
 
 def test_steps_keep_to_the_time_that_there_is():
@@ -71,7 +93,6 @@ def test_steps_keep_to_the_time_that_there_is():
     steps = machine.steps(2048)
     assert machine.now < 2.8
     assert [entry.length for entry in steps] == [128]
-    assert judge(2048, steps).origin == "bound"
 
 
 def test_more_time_never_gives_a_step_less():
@@ -97,8 +118,6 @@ def test_it_is_measured_once_and_read_from_disk_then(monkeypatch, tmp_path, capl
 
 
 def test_another_shape_dtype_thread_count_or_torch_is_another_number(monkeypatch):
-    from dataclasses import replace
-
     keys = [module._key(SHAPE), module._key(replace(SHAPE, dtype=torch.bfloat16)), module._key(replace(SHAPE, topk=4))]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     keys.append(module._key(SHAPE))
@@ -182,17 +201,20 @@ def test_the_measurement_is_free_of_the_callers_modes(monkeypatch):
 
 
 def test_a_bound_is_said_aloud(monkeypatch, caplog):
-    monkeypatch.setattr(module, "measure", lambda shape: judge(shape.budget, [step(12, 9)]))
-    module.break_even(SHAPE)
+    monkeypatch.setattr(module, "measure", lambda shape: judge(shape, [step(12, 99)], WON))
+    assert module.break_even(SHAPE).origin == "bound"
     assert "did not become faster than dense" in caplog.text
+    module.forget()
+    assert module.known_break_even(SHAPE) is None, "the next process asks again"
 
 
-def test_a_step_times_both_at_the_length_asked_for(monkeypatch):
-    monkeypatch.setattr(module, "interleaved_seconds", lambda calls, device, rounds: [tuple(1.0 for _ in calls)])
-    monkeypatch.setattr(module, "seconds_of", lambda call, device: call() is None or 0.0)
-    taken = module._time_step(SHAPE, 20)
-    assert taken.length == 20
-    assert taken.is_won
+@pytest.mark.parametrize("is_decode", [False, True])
+def test_a_step_calls_both_at_the_length_asked_for(is_decode, monkeypatch):
+    called = []
+    monkeypatch.setattr(module, "seconds_of", lambda call, device: called.append(call().shape) or 0.0)
+    monkeypatch.setattr(module, "interleaved_seconds", lambda calls, device, rounds: [(1.0, 2.0)])
+    assert module._time_step(SHAPE, 20, is_decode=is_decode) == Step(20, 1.0, 2.0)
+    assert called == [(1, 4, 1 if is_decode else 20, 8)] * 2
 
 
 def test_the_cache_folder_is_the_platforms(monkeypatch, tmp_path):
