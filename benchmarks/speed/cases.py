@@ -145,7 +145,7 @@ def _build_select(setting: Setting, length: int, indexer: str, ops: Ops, *, flex
 
     return Problem(
         sparse=lambda: ops.select(operands.index_query, operands.index_key, **budget),
-        baselines={DEFAULT: lambda: plain_selection(operands.index_query, operands.index_key, **budget)},
+        baselines={"plain PyTorch": lambda: plain_selection(operands.index_query, operands.index_key, **budget)},
         check=lambda ids: gate.check_rows(operands, ids, None, **budget),
         sparse_work=work,
         dense_work=Work(2 * work.flops, work.bytes),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.speed.baselines import DEFAULT
 from benchmarks.speed.cases import Case, Problem
 from benchmarks.speed.gate import Ops, Verdict
 from benchmarks.speed.growth import extrapolate
@@ -61,6 +62,12 @@ class Row:
     def is_green(self) -> bool:
         """Whether there are times."""
         return self.gate.startswith("green")
+
+    @property
+    def default_baseline(self) -> str | None:
+        """What a user gets without this package."""
+        names = [name for name in self.seconds if name != SPARSE]
+        return DEFAULT if DEFAULT in names else names[0] if names else None
 
     @property
     def best_baseline(self) -> str | None:

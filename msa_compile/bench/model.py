@@ -169,7 +169,8 @@ def run_model(
     if request.device.type == "cuda":
         torch.cuda.empty_cache()
     same = replace(request, layers=result.layers)
-    return replace(result, compiling={name: compile_times(same, name, say) for name in (DENSE, SPARSE)})
+    taken = {name: compile_times(same, name, say) for name in (DENSE, SPARSE)}
+    return replace(result, compiling={name: times for name, times in taken.items() if times is not None})
 
 
 def _measure(subject: Subject, request: Request, say: Callable[[str], None]) -> ModelResult:
@@ -337,15 +338,22 @@ def first_calls(request: Request, name: str) -> float:
     return max(0.0, first - later)
 
 
-def compile_times(request: Request, name: str, say: Callable[[str], None]) -> Compiling:
-    """Compile one of the two models in two new processes that share a cache, empty for the first."""
+def compile_times(request: Request, name: str, say: Callable[[str], None]) -> Compiling | None:
+    """Compile one of the two models in two new processes that share a cache, empty for the first.
+
+    Returns:
+        ``None`` if a process failed, which is said; the other numbers are right all the same.
+    """
     command = [sys.executable, "-m", "msa_compile.bench", *to_arguments(request), "--first-calls", name]
     taken = []
     with tempfile.TemporaryDirectory(prefix="msa_bench_", ignore_cleanup_errors=True) as folder:
         caches = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
         for state in ("cold", "warm"):
             say(f"compiling the {name} model, {state}")
-            done = subprocess.run(command, env={**os.environ, **caches}, check=True, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(command, env={**os.environ, **caches}, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                say(f"that process ended with {done.returncode}: the compile times of the {name} model are left out")
+                return None
             taken.append(float(json.loads(done.stdout.splitlines()[-1])))
     return Compiling(*taken)
 

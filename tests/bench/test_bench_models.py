@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from msa_compile.bench import model as model_module
 from msa_compile.bench import subject as subject_module
 from msa_compile.bench.__main__ import main, parse, parse_lengths, to_request
 from msa_compile.bench.amdahl import attention_flops, ceiling, other_flops_per_token
-from msa_compile.bench.model import Request, _gate, first_calls, run_model, to_arguments
+from msa_compile.bench.model import Compiling, Request, _gate, compile_times, first_calls, run_model, to_arguments
 from msa_compile.bench.subject import SHAPES, build_subject, choose_layers
 from msa_compile.errors import BenchArgumentError, UnknownModelError
 
@@ -154,6 +155,28 @@ def test_a_request_is_its_command_line():
     for request in (TINY, replace(TINY, dense_below="auto", layers=1, dtype=torch.bfloat16, device=CPU)):
         assert to_request(parse(to_arguments(request))) == request
     assert parse_lengths("8192,32768") == (8192, 32768)
+
+
+def test_a_process_that_fails_leaves_compile_times_out(monkeypatch):
+    said = []
+    failed = SimpleNamespace(returncode=3, stdout="")
+    monkeypatch.setattr(model_module.subprocess, "run", lambda command, **options: failed)
+    assert compile_times(TINY, "sparse", said.append) is None
+    assert "ended with 3" in said[-1]
+
+
+def test_compile_times_are_those_of_two_processes_with_one_cache(monkeypatch):
+    folders = []
+
+    def answer(command, env, **options):
+        folders.append(env["TORCHINDUCTOR_CACHE_DIR"])
+        assert command[1:3] == ["-m", "msa_compile.bench"]
+        assert command[-2:] == ["--first-calls", "dense"]
+        return SimpleNamespace(returncode=0, stdout=f"noise\n{10.0 / len(folders)}\n")
+
+    monkeypatch.setattr(model_module.subprocess, "run", answer)
+    assert compile_times(TINY, "dense", lambda text: None) == Compiling(cold=10.0, warm=5.0)
+    assert folders[0] == folders[1]
 
 
 def test_first_calls_are_timed_for_each_of_the_two():

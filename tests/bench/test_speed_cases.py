@@ -68,7 +68,8 @@ def test_every_case_is_green_and_has_times_and_ratios(name, dtype):
     assert len(rows) == 2 * len(CASES[name].indexers)
     for row in rows:
         assert row.is_green, row.gate
-        assert list(row.seconds)[:2] == ["sparse", "sdpa"]
+        assert list(row.seconds)[:2] == ["sparse", row.default_baseline]
+        assert row.default_baseline == ("plain PyTorch" if name == "select" else "sdpa")
         assert set(row.ratios) == set(row.seconds) - {"sparse"}
         assert row.best_baseline in row.ratios
         assert row.roofline_share > 0

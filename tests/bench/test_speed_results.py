@@ -99,7 +99,7 @@ def test_markdown_has_times_ratios_growth_and_marks():
     text = to_markdown(results(row(1024, 1.0, 2.0), row(2048, 2.0, 8.0), far, row(8192, 0, 0, gate="RED: so")), "p.png")
     lines = {line.split(" | ")[4]: line for line in text.splitlines() if line.startswith("| 16,2,64 | fp32 | 2 | keys")}
     assert "2.00x [1.00, 9.00] | 1.00x [1.00, 9.00]" in lines["1K"]
-    assert "1 s | 2 s | 1 s (sdpa, oneDNN)" in lines["1K"]
+    assert "1 s | 2 s (sdpa) | 1 s (sdpa, oneDNN)" in lines["1K"]
     assert "1 MiB / -" in lines["1K"]
     assert "~32 s" in lines["4K"]
     assert "~8.00x" in lines["4K"]
