@@ -1,5 +1,6 @@
 # `make help` lists the targets. Variables: PYTHON makes .venv; TORCH is what pip installs as torch, as in
-# `make test TORCH=torch==2.12.0` or TORCH=/path/to/torch.whl; ARGS goes to the demo.
+# `make test TORCH=torch==2.12.0` or TORCH=/path/to/torch.whl; ARGS goes to the demo
+# and the benchmarks.
 PYTHON ?= python3
 # A torch that the user names is always installed; the default only where .venv has none that will do.
 TORCH_GIVEN := $(if $(filter undefined,$(origin TORCH)),,$(TORCH))
@@ -12,7 +13,7 @@ STAMP := .venv/.msa_compile_installed
 HAS_TORCH := import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all census grammar check fmt clean
+.PHONY: help demo test test-all bench census grammar check fmt clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +33,9 @@ census: $(STAMP) ## check every causal language model of transformers (about an 
 
 grammar: $(STAMP) ## check thousands of random spellings of attention (about half an hour)
 	$(BIN)/python -m benchmarks.grammar $(ARGS)
+
+bench: $(STAMP) ## time sparse attention against dense, behind a correctness gate; ARGS="--quick" or "--help"
+	$(BIN)/python -m benchmarks $(ARGS)
 
 check: $(STAMP) ## style, types and import law; changes nothing
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 import msa_compile
 from examples.block_picture import draw_blocks, selected_blocks
 from examples.byte_model import as_bytes, build_model, fastest_threads, load_corpus, train
+from examples.speed_line import speed_line
 from msa_compile import MSAConfig
 
 NEW_TOKENS = 120
@@ -63,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _compare_perplexity(subject.model, windows, budgets, arguments)
     _continue_prompt(subject, windows[0, : context * 3 // 4], budgets[-1], arguments)
     _draw(subject.model, windows[:1], report.sparse, budgets[len(budgets) // 2], arguments)
+    with _stage("speed of attention here, on random tensors"):
+        small = {"block_size": arguments.block_size, "topk_blocks": 4, "longest": 512} if arguments.small else {}
+        print(speed_line(**small))
     print(f"\nall done in {time.perf_counter() - started:.0f} s")
     return 0
 

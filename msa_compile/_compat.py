@@ -1,4 +1,4 @@
-"""Every private import of torch that the package uses, in one place.
+"""Every private import of torch that the package uses, and every import of transformers, in one place.
 
 Each name here has a canary test in ``tests/test_compat.py``: a torch release that moves one turns that test red before
 a user meets it.
@@ -61,6 +61,8 @@ __all__ = [
     "get_proxy_mode",
     "graph_inputs",
     "graphs_in",
+    "hub_config",
+    "hub_model",
     "is_kept_by_module",
     "is_traceable_wrapper_subclass",
     "lazy_load_decompositions",
@@ -130,6 +132,37 @@ def compiled_module_class() -> type[torch.nn.Module]:
     from torch._dynamo.eval_frame import OptimizedModule
 
     return OptimizedModule
+
+
+def hub_config(name: str) -> Any:
+    """The configuration of a model of the hub, of a local folder, or in a JSON file.
+
+    Raises:
+        ImportError: transformers is not installed.
+        OSError, ValueError: There is no such model, or transformers does not know its kind.
+    """
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(name)
+
+
+def hub_model(config: Any, dtype: torch.dtype, *, weights: str | None = None) -> torch.nn.Module:
+    """A causal language model of ``config`` whose attention goes through SDPA.
+
+    Args:
+        config: Of ``hub_config``.
+        dtype: Of the weights.
+        weights: Name or folder to load weights from; default random ones.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": dtype, "attn_implementation": "sdpa"}
+    model: torch.nn.Module = (
+        AutoModelForCausalLM.from_config(config, **options)
+        if weights is None
+        else AutoModelForCausalLM.from_pretrained(weights, config=config, **options)
+    )
+    return model.eval()
 
 
 def graph_inputs(gm: GraphModule) -> list[tuple[str, object]]:

@@ -39,8 +39,9 @@ class MSAConfig:
         include: Globs over module paths, such as `"model.layers.*.self_attn"`; one string is one glob. `*` also matches
             dots.
         exclude: Globs over module paths that stay dense; they win over `include`.
-        dense_below: Calls with at most this many keys take the dense path; `"auto"` is `topk_blocks * block_size`; 0
-            never takes it.
+        dense_below: Calls with at most this many keys take the dense path; 0 never takes it. `"auto"` is what keeps
+            sparse from being the slower one: a break-even that is measured once a machine and shape, for two or three
+            seconds when the first graph is compiled, and kept on disk; `topk_blocks * block_size` at least.
         strict: Whether a site that is meant but has to stay dense is an error.
 
     Raises:
@@ -115,10 +116,10 @@ class MSAConfig:
         )
 
     def resolved_dense_below(self) -> int:
-        """The number of keys up to which a call takes the dense path.
+        """The number of keys up to which a call takes the dense path; the least that it can be for `"auto"`.
 
-        `"auto"` means `topk_blocks * block_size`: up to there every visible block is selected, so that dense attention
-        is the same attention and cheaper.
+        That is `topk_blocks * block_size`: up to there every visible block is selected, so that dense attention is the
+        same attention and cheaper. What is measured can only be more.
         """
         if isinstance(self.dense_below, int):
             return self.dense_below

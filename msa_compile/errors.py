@@ -63,3 +63,11 @@ class GraphError(MSAError, RuntimeError):
 
 class ExportNotSparseError(MSAError, RuntimeError):
     """Raised when an exported program would hold dense attention where the model in memory is sparse."""
+
+
+class UnknownModelError(MSAError, ValueError):
+    """Raised when `msa_compile.bench` is given a model that is no built-in shape, no path and not on the hub."""
+
+
+class BenchArgumentError(MSAError, ValueError):
+    """Raised when `msa_compile.bench` is given lengths, layers or a device that it cannot measure."""

@@ -56,6 +56,27 @@ _SENTENCES = {
 
 
 @dataclass(frozen=True)
+class DenseBelow:
+    """Up to how many keys the calls of a site run dense, and where the number is from.
+
+    Attributes:
+        keys: The number; 0 is never.
+        origin: ``"given"`` by the user; ``"measured"`` on this machine; ``"extrapolated"`` from shorter lengths;
+            ``"bound"``, the most there is, where sparse came not near in what was measured; ``"budget"`` where nothing
+            was measured yet, and ``"unmeasured"`` where that failed.
+        detail: For a human.
+    """
+
+    keys: int
+    origin: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        known = f"{self.origin}: {self.detail}" if self.detail else self.origin
+        return f"calls with at most {self.keys} keys run dense ({known})"
+
+
+@dataclass(frozen=True)
 class Site:
     """One attention computation of the model, as one captured graph has it.
 
@@ -72,6 +93,7 @@ class Site:
         detail: What was found at this site, for a human.
         indexer: The indexer in use, ``"keys"``; ``None`` when dense.
         graph: Ordinals of the captured graphs that hold this row.
+        dense_below: Which of its calls run dense all the same; ``None`` when the site is dense.
     """
 
     name: str
@@ -86,12 +108,14 @@ class Site:
     detail: str
     indexer: str | None
     graph: tuple[int, ...] = (0,)
+    dense_below: DenseBelow | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The row as plain Python values, ready for JSON."""
         row = dict(self.__dict__)
         row["reason"] = self.reason.value if self.reason else None
         row["graph"] = list(self.graph)
+        row["dense_below"] = self.dense_below and dict(self.dense_below.__dict__)
         return row
 
 

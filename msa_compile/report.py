@@ -46,7 +46,7 @@ class Report:
         """Attention FLOPs of one causal prefill of ``length`` tokens: dense, and as decided.
 
         Source: spec 9, ``F_GQA = 2 Hq D N^2`` and ``F_MSA = Hkv D N^2 + 4 Hq D N k B_k`` (paper 3.3): products only, no
-        projections. Up to ``dense_below`` keys, and where that costs less, a site runs dense.
+        projections. Up to ``dense_below`` keys a site runs dense.
         """
         before = after = 0
         for site in {row.name: row for row in reversed(self.sites)}.values():
@@ -68,7 +68,7 @@ class Report:
 
     def __str__(self) -> str:
         text = _rich_table(self) if importlib.util.find_spec("rich") else _plain_table(self)
-        return "\n".join([self._headline(), text.rstrip(), *self._reasons(), *self._savings()])
+        return "\n".join([self._headline(), text.rstrip(), *self._reasons(), *self._dense_calls(), *self._savings()])
 
     def _headline(self) -> str:
         state = "sparsified" if self.sparsified else "not sparsified, nothing was changed"
@@ -81,6 +81,11 @@ class Report:
     def _reasons(self) -> list[str]:
         reasons = dict.fromkeys(site.reason for site in self.dense if site.reason)
         return [f"  {reason.value}: {reason.sentence}" for reason in reasons]
+
+    def _dense_calls(self) -> list[str]:
+        return [
+            f"  {said}" for said in dict.fromkeys(str(site.dense_below) for site in self.sparse if site.dense_below)
+        ]
 
     def _savings(self) -> list[str]:
         lines = ["attention FLOPs of one prefill (products only), dense -> as decided:"]
@@ -101,7 +106,8 @@ def site_flops(site: Site, config: MSAConfig, length: int) -> tuple[int, int]:
     width = site.query_heads * site.head_dim
     window = int(site.mask[len("window(") : -1]) if site.mask.startswith("window(") else length
     dense = 2 * width * length**2 if window >= length else 4 * width * length * window
-    if site.decision == "dense" or length <= config.resolved_dense_below():
+    longest_dense = site.dense_below.keys if site.dense_below else config.resolved_dense_below()
+    if site.decision == "dense" or length <= longest_dense:
         return dense, dense
     budget = config.topk_blocks * config.block_size
     return dense, site.key_value_heads * site.head_dim * length**2 + 4 * width * length * min(budget, length)

@@ -123,3 +123,22 @@ def test_text_of_a_report_without_sites():
 
 def test_every_reason_has_a_code_and_a_sentence():
     assert all(reason.sentence and reason.value == reason.name.lower() for reason in Reason)
+
+
+def test_dense_below_auto_is_shown_with_its_origin(monkeypatch):
+    from msa_compile.kernels import break_even
+
+    monkeypatch.setattr(break_even, "measure", lambda shape: break_even.BreakEven(40, "measured", "as the test says"))
+    model, ids = small(), tokens()
+    before = msa_compile.explain(model, ids, config=MSAConfig(4, 3))
+    assert "at most 12 keys run dense (budget: the break-even is measured when the model is compiled)" in str(before)
+    msa_compile.sparsify(model, MSAConfig(4, 3), inner="eager")
+    model(ids)
+    after = msa_compile.explain(model)
+    assert "at most 39 keys run dense (measured: as the test says)" in str(after)
+    assert {site.dense_below.keys for site in after.sparse} == {39}
+    assert json.loads(json.dumps(after.to_dict()))["sites"][0]["dense_below"]["origin"] == "measured"
+    dense, sparse = zip(*(site_flops(after.sparse[0], MSAConfig(4, 3), length) for length in (39, 40)), strict=True)
+    assert (dense[0] == sparse[0], dense[1] == sparse[1]) == (True, False)
+    given = msa_compile.explain(small(), ids, config=MSAConfig(4, 3, dense_below=7))
+    assert "at most 7 keys run dense (given)" in str(given)

@@ -48,7 +48,7 @@ def run_passes(
         config: What the user asks for.
         windows: Sliding windows known of sites, shared between the graphs of one model.
         after: The graph break that this graph comes after, ``GraphRecord.graph_break`` of the one before.
-        rewrite: Whether to rewrite, or only to report.
+        rewrite: Whether to rewrite, or only to report; then nothing is measured either.
 
     Raises:
         CaptureError: If the graph cannot be brought into the canonical form.
@@ -84,11 +84,12 @@ def run_passes(
 
 
 def _run_on_body(body: GraphModule, config: MSAConfig, windows: dict[str, int], *, rewrite: bool) -> list[Site]:
-    plans = plan_sites(detect_attention(body.graph), config, windows)
+    plans = plan_sites(detect_attention(body.graph), config, windows, measure=rewrite)
     for found, site in plans:
         if rewrite and site.decision == "sparse":
             assert found.proved is not None, "a sparse site is proved"
-            rewrite_attention(body.graph, found.proved, site.name, config)
+            assert site.dense_below is not None, "a sparse site has its dense threshold"
+            rewrite_attention(body.graph, found.proved, site.name, config, site.dense_below.keys)
     sites = [site for _, site in plans]
     _erase_markers(body, {site.name.split(":")[0] for site in sites})
     eliminate_dead_code(body.graph)

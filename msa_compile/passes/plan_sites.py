@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from msa_compile.config import MSAConfig
+from msa_compile.passes.choose_dense_below import choose_dense_below
 from msa_compile.passes.detect_attention import Found
 from msa_compile.records import Reason, Site
 
 
-def plan_sites(found: Iterable[Found], config: MSAConfig, windows: dict[str, int]) -> list[tuple[Found, Site]]:
+def plan_sites(
+    found: Iterable[Found], config: MSAConfig, windows: dict[str, int], *, measure: bool
+) -> list[tuple[Found, Site]]:
     """One decision for each attention.
 
     Args:
@@ -18,11 +21,12 @@ def plan_sites(found: Iterable[Found], config: MSAConfig, windows: dict[str, int
         windows: Sites that are known, from another graph of the same model, to have a sliding window. A decode step
             over a rolling cache looks causal, and a prompt shorter than the window too; proved windows are added here,
             and such a site is dense in every graph, so that prefill and decode agree.
+        measure: Whether a break-even that is not known may be measured.
     """
-    return [(entry, _decide(entry, config, windows)) for entry in found]
+    return [(entry, _decide(entry, config, windows, measure)) for entry in found]
 
 
-def _decide(entry: Found, config: MSAConfig, windows: dict[str, int]) -> Site:
+def _decide(entry: Found, config: MSAConfig, windows: dict[str, int], measure: bool) -> Site:
     reason, detail = entry.reason, entry.detail
     mask = "unproved"
     if entry.proved is not None:
@@ -46,4 +50,7 @@ def _decide(entry: Found, config: MSAConfig, windows: dict[str, int]) -> Site:
         reason=reason,
         detail=detail,
         indexer=None if reason else "keys",
+        dense_below=None
+        if reason or entry.proved is None
+        else choose_dense_below(entry.proved, config, measure=measure),
     )

@@ -19,22 +19,22 @@ from msa_compile.passes.graph_facts import tensor_value
 aten = torch.ops.aten
 
 
-def rewrite_attention(graph: Graph, proved: Proved, name: str, config: MSAConfig) -> None:
+def rewrite_attention(graph: Graph, proved: Proved, name: str, config: MSAConfig, dense_below: int) -> None:
     """Replace one proved attention in ``graph`` by the MSA ops; the old nodes stay, without users.
 
     Args:
         graph: The canonical graph, changed in place.
         proved: What detection proved.
         name: Site name, for errors at run time.
-        config: Block size, budget and the dense threshold, which become arguments of the ops and so part of every
-            compile-cache key.
+        config: Block size and budget, which become arguments of the ops and so part of every compile-cache key.
+        dense_below: Calls with at most this many keys run dense; an argument of the ops too.
     """
     attention = proved.attention
     emit = _Emitter(graph, attention.output)
     query, key, value = emit.heads(proved.query), emit.heads(proved.key), emit.heads(proved.value)
     position, bias = _positions(emit, proved, query)
     index_query = _group_mean(emit, query, proved.key.count)
-    shared: dict[str, Any] = {"block_size": config.block_size, "dense_below": config.resolved_dense_below(), **position}
+    shared: dict[str, Any] = {"block_size": config.block_size, "dense_below": dense_below, **position}
     block_ids = emit(
         torch.ops.msa.select_blocks.default,
         index_query,

@@ -50,6 +50,9 @@ def test_demo_trains_compares_and_draws(tmp_path, capsys):
     assert "2 sparse and 0 dense rows" in printed
     assert re.search(r"the first \d+ of \d+ tokens are the same", printed)
     assert str(out) in printed
+    number = r"[\d.e+]+ ms"
+    times = rf"dense {number}, sparse {number} \([\d.]+x (?:faster|slower)\)"
+    assert re.search(rf"^one layer, .* 512 tokens: prefill {times}; one new token {times}$", printed, re.MULTILINE)
     _check_picture(out)
 
 

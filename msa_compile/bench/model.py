@@ -1,0 +1,377 @@
+"""Measure one model, dense against sparse, from end to end."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+import msa_compile
+from msa_compile import MSAConfig
+from msa_compile.backend import check_inner
+from msa_compile.bench.amdahl import Shares, attention_flops, attention_seconds, other_flops_per_token
+from msa_compile.bench.memory import peak_above
+from msa_compile.bench.spread import Spread, take_rounds
+from msa_compile.bench.subject import Subject, build_subject, size_of
+from msa_compile.errors import BenchArgumentError
+from msa_compile.kernels.stopwatch import seconds_of
+from msa_compile.records import Site
+from msa_compile.runtime import mark_dynamic
+
+DENSE, SPARSE = "dense", "sparse"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CPU = torch.device("cpu")
+# A size that was taken for a constant shows as a number only when it has changed.
+_STEPS_THAT_COMPILE = 3
+# Relative difference of logits, all blocks selected, that a dtype's rounding over a model's layers explains.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure.
+
+    Attributes:
+        model: As ``build_subject`` takes it.
+        lengths: Of prompts, in tokens.
+        layers: To keep; default all, or what fits.
+        dtype, device: Of weights and caches.
+        inner: Compiler of both models: ``"inductor"``, ``"aot_eager"`` or ``"eager"`` (nothing is compiled then).
+        block_size, topk, dense_below: Of ``MSAConfig``.
+        new_tokens: Steps of decode that are timed.
+        seconds: Time to fill with rounds of prefill at one length.
+        has_compile_times: Whether compilation is timed, in processes of its own.
+    """
+
+    model: str
+    lengths: tuple[int, ...]
+    layers: int | None = None
+    dtype: torch.dtype = torch.float32
+    device: torch.device = _CPU
+    inner: str = "inductor"
+    block_size: int = 128
+    topk: int = 16
+    dense_below: int | Literal["auto"] = "auto"
+    new_tokens: int = 16
+    seconds: float = 20.0
+    has_compile_times: bool = True
+
+
+@dataclass(frozen=True)
+class LengthResult:
+    """One prompt length; times in seconds, by ``"dense"`` and ``"sparse"``.
+
+    Attributes:
+        length: Tokens of the prompt.
+        first_token: Time to first token: the prefill.
+        first_token_ratio: Dense over sparse, above 1 where sparse is faster.
+        step: Time of one new token; its inverse is tokens per second.
+        step_ratio: Dense over sparse.
+        peak_bytes: Of a prefill, above the weights, cache included; ``None`` where it cannot be told.
+        shares: What part of the dense time is attention.
+    """
+
+    length: int
+    first_token: Mapping[str, Spread]
+    first_token_ratio: Spread
+    step: Mapping[str, Spread]
+    step_ratio: Spread
+    peak_bytes: Mapping[str, int | None]
+    shares: Shares
+
+
+@dataclass(frozen=True)
+class Compiling:
+    """Seconds of the first prefill and steps above later ones, in a process of its own.
+
+    Attributes:
+        cold: With an empty cache.
+        warm: In another process, with the cache on disk that the first one filled.
+    """
+
+    cold: float
+    warm: float
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """All that was measured of a model.
+
+    Attributes:
+        model, layers, all_layers, parameters, notes: What it was.
+        dtype, device, threads, inner, torch: Where and how.
+        block_size, topk, dense_below: The budget, and what was said of calls that stay dense.
+        gate: ``"green ..."``, or what is wrong; there are no lengths then.
+        sparse_sites, dense_sites, dense_calls: Of the report; the last should be 0.
+        lengths: Shortest first.
+        compiling: By ``"dense"`` and ``"sparse"``.
+    """
+
+    model: str
+    layers: int
+    all_layers: int
+    parameters: int
+    notes: tuple[str, ...]
+    dtype: str
+    device: str
+    threads: int
+    inner: str
+    torch: str
+    block_size: int
+    topk: int
+    dense_below: tuple[str, ...]
+    gate: str
+    sparse_sites: int
+    dense_sites: int
+    dense_calls: int
+    lengths: tuple[LengthResult, ...]
+    compiling: Mapping[str, Compiling]
+
+    @property
+    def is_green(self) -> bool:
+        """Whether there are numbers."""
+        return self.gate.startswith("green")
+
+
+def run_model(
+    request: Request, say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
+) -> ModelResult:
+    """Measure.
+
+    Args:
+        request: What.
+        say: Takes progress.
+
+    Raises:
+        BenchArgumentError, UnknownModelError: The request cannot be met.
+        MSAError: The model cannot be made sparse.
+    """
+    check_lengths(request.lengths)
+    check_inner(request.inner)
+    say(f"building {request.model}")
+    subject = build_subject(request.model, request.layers, request.dtype, request.device)
+    say(f"{size_of(subject.model) / 2**30:.2f} GiB of weights; {'; '.join(subject.notes)}")
+    result = _measure(subject, request, say)
+    if not (result.lengths and request.has_compile_times):
+        return result
+    # The processes that compile need the memory.
+    del subject
+    torch._dynamo.reset()
+    gc.collect()
+    if request.device.type == "cuda":
+        torch.cuda.empty_cache()
+    same = replace(request, layers=result.layers)
+    taken = {name: compile_times(same, name, say) for name in (DENSE, SPARSE)}
+    return replace(result, compiling={name: times for name, times in taken.items() if times is not None})
+
+
+def _measure(subject: Subject, request: Request, say: Callable[[str], None]) -> ModelResult:
+    """Everything but compile times."""
+    with torch.no_grad():
+        verdict = _gate(subject, request)
+        say(f"gate: {verdict}")
+        lengths: list[LengthResult] = []
+        pair = _Pair(subject, request)
+        if verdict.startswith("green"):
+            other = other_flops_per_token(lambda n: pair.plain(**subject.first(_prompt(subject, n, request))))
+            for length in sorted(request.lengths):
+                lengths.append(pair.measure(length, other, say))
+        report = msa_compile.explain(pair.sparse)
+    return ModelResult(
+        model=request.model,
+        layers=subject.layers,
+        all_layers=subject.all_layers,
+        parameters=sum(parameter.numel() for parameter in subject.model.parameters()),
+        notes=subject.notes,
+        dtype=str(request.dtype).removeprefix("torch."),
+        device=str(request.device),
+        threads=torch.get_num_threads(),
+        inner=request.inner,
+        torch=torch.__version__,
+        block_size=request.block_size,
+        topk=request.topk,
+        dense_below=tuple(dict.fromkeys(str(site.dense_below) for site in report.sparse)),
+        gate=verdict,
+        sparse_sites=len({site.name for site in report.sparse}),
+        dense_sites=len({site.name for site in report.dense}),
+        dense_calls=report.dense_calls,
+        lengths=tuple(lengths),
+        compiling={},
+    )
+
+
+def check_lengths(lengths: tuple[int, ...]) -> None:
+    """Refuse lengths that are no prompts.
+
+    Raises:
+        BenchArgumentError: There is none, or one is too short.
+    """
+    if not lengths or min(lengths) < 2:
+        raise BenchArgumentError(f"lengths are {list(lengths)}; legal are one or more whole numbers from 2")
+
+
+def _prompt(subject: Subject, length: int, request: Request) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(subject.vocabulary, (1, length), generator=generator).to(request.device)
+
+
+def _gate(subject: Subject, request: Request) -> str:
+    """With all blocks selected, prefill and one step have to give the logits of the untouched model."""
+    length = 3 * request.block_size + request.block_size // 2 + 1
+    config = MSAConfig(block_size=request.block_size, topk_blocks=length // request.block_size + 2, dense_below=0)
+    ids, token = _prompt(subject, length, request), _prompt(subject, 1, request)
+    sparse = msa_compile.sparsify(subject.twin(), config, example_inputs=subject.first(ids), inner="eager")
+    worst = 0.0
+    results: dict[str, Any] = {}
+    for step in (False, True):
+        logits = {}
+        for name, model in ((DENSE, subject.model), (SPARSE, sparse)):
+            results[name] = model(**(subject.after(token, results[name]) if step else subject.first(ids)))
+            logits[name] = subject.logits(results[name]).double()
+        worst = max(worst, float((logits[SPARSE] - logits[DENSE]).norm() / logits[DENSE].norm()))
+    dense_calls = msa_compile.explain(sparse).dense_calls
+    if dense_calls:
+        return f"RED: {dense_calls} calls of the sparse model ran dense"
+    tolerance = _TOLERANCE[request.dtype]
+    if not worst <= tolerance:
+        return f"RED: with all blocks the logits differ from dense by {worst:.1e}, more than {tolerance:.0e}"
+    return f"green: with all blocks the logits differ from dense by {worst:.1e}"
+
+
+class _Pair:
+    """The dense and the sparse model on the same weights, and what is left of their last calls."""
+
+    def __init__(self, subject: Subject, request: Request) -> None:
+        self.subject = subject
+        self.request = request
+        self.plain = subject.model
+        self.results: dict[str, Any] = {}
+        config = MSAConfig(block_size=request.block_size, topk_blocks=request.topk, dense_below=request.dense_below)
+        ids = _prompt(self.subject, min(request.lengths), request)
+        self.sparse = msa_compile.sparsify(
+            self.subject.twin(), config, example_inputs=self.subject.first(ids), inner=request.inner
+        )
+        self.dense: Callable[..., Any] = self.subject.twin()
+        if request.inner != "eager":
+            self.dense = torch.compile(self.dense, backend=request.inner)
+
+    def call(self, name: str, given: dict[str, Any]) -> None:
+        """Call one of the models; its result stays for the next step."""
+        if name == DENSE:
+            # Like the door of the sparse model: lengths are open from the first call on.
+            mark_dynamic(((), given))
+            self.results[name] = self.dense(**given)
+        else:
+            self.results[name] = self.sparse(**given)
+
+    def prefills(self, length: int) -> dict[str, Callable[[], None]]:
+        """A call of each model with a prompt."""
+        given = self.subject.first(_prompt(self.subject, length, self.request))
+        return {name: lambda name=name: self.call(name, dict(given)) for name in (DENSE, SPARSE)}  # type: ignore[misc]
+
+    def steps(self) -> dict[str, Callable[[], None]]:
+        """A call of each model with one more token."""
+        token = _prompt(self.subject, 1, self.request)
+        after = self.subject.after
+        return {
+            name: lambda name=name: self.call(name, after(token, self.results[name]))  # type: ignore[misc]
+            for name in (DENSE, SPARSE)
+        }
+
+    def measure(self, length: int, other_flops: float, say: Callable[[str], None]) -> LengthResult:
+        """Time and memory at one length."""
+        request, device = self.request, self.request.device
+        say(f"{length} tokens: first calls")
+        prefills, steps = self.prefills(length), self.steps()
+        peaks: dict[str, int | None] = {}
+        for name in (DENSE, SPARSE):
+            prefills[name]()
+            self.results.pop(name)
+            _, peaks[name] = peak_above(prefills[name], device)
+        say(f"{length} tokens: prefill")
+        prefill = take_rounds(prefills, device, seconds=request.seconds, least=3, most=7)
+        for _ in range(_STEPS_THAT_COMPILE):
+            for name in (DENSE, SPARSE):
+                steps[name]()
+        say(f"{length} tokens: decode")
+        step = take_rounds(steps, device, seconds=request.seconds, least=3, most=request.new_tokens)
+        sites = self._sites()
+        alone = attention_seconds(sites, length, request.dtype, device, seconds=request.seconds / 4)
+        flops = attention_flops(sites, length)
+        result = LengthResult(
+            length=length,
+            first_token={name: prefill.of(name) for name in (DENSE, SPARSE)},
+            first_token_ratio=prefill.ratio(DENSE, SPARSE),
+            step={name: step.of(name) for name in (DENSE, SPARSE)},
+            step_ratio=step.ratio(DENSE, SPARSE),
+            peak_bytes=peaks,
+            shares=Shares(
+                prefill_flops=flops / (flops + other_flops * length),
+                prefill_time=min(1.0, alone[0] / prefill.of(DENSE).median),
+                decode_time=min(1.0, alone[1] / step.of(DENSE).median),
+            ),
+        )
+        self.results.clear()
+        return result
+
+    def _sites(self) -> list[Site]:
+        """The sites that were made sparse, each once."""
+        return list({site.name: site for site in msa_compile.explain(self.sparse).sparse}.values())
+
+
+def first_calls(request: Request, name: str) -> float:
+    """Seconds that the first prefill and steps of one of the two models take above later ones, in this process."""
+    subject = build_subject(request.model, request.layers, request.dtype, request.device)
+    with torch.no_grad():
+        pair = _Pair(subject, request)
+        prefill, step = pair.prefills(min(request.lengths))[name], pair.steps()[name]
+        calls = [prefill, *[step] * _STEPS_THAT_COMPILE]
+        first, later = (sum(seconds_of(call, request.device) for call in calls) for _ in range(2))
+    return max(0.0, first - later)
+
+
+def compile_times(request: Request, name: str, say: Callable[[str], None]) -> Compiling | None:
+    """Compile one of the two models in two new processes that share a cache, empty for the first.
+
+    Returns:
+        ``None`` if a process failed, which is said; the other numbers are right all the same.
+    """
+    command = [sys.executable, "-m", "msa_compile.bench", *to_arguments(request), "--first-calls", name]
+    taken = []
+    with tempfile.TemporaryDirectory(prefix="msa_bench_", ignore_cleanup_errors=True) as folder:
+        caches = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
+        for state in ("cold", "warm"):
+            say(f"compiling the {name} model, {state}")
+            done = subprocess.run(command, env={**os.environ, **caches}, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                say(f"that process ended with {done.returncode}: the compile times of the {name} model are left out")
+                return None
+            taken.append(float(json.loads(done.stdout.splitlines()[-1])))
+    return Compiling(*taken)
+
+
+def to_arguments(request: Request) -> list[str]:
+    """The command line that means this request."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    given = {
+        "--lengths": ",".join(map(str, request.lengths)),
+        "--layers": request.layers,
+        "--dtype": names[request.dtype],
+        "--device": request.device.type,
+        "--threads": torch.get_num_threads(),
+        "--inner": request.inner,
+        "--block-size": request.block_size,
+        "--topk": request.topk,
+        "--dense-below": None if request.dense_below == "auto" else request.dense_below,
+        "--new": request.new_tokens,
+        "--seconds": request.seconds,
+    }
+    return [request.model, *(part for name, value in given.items() if value is not None for part in (name, str(value)))]
