@@ -16,7 +16,7 @@ HAS_TORCH := import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(
 .PHONY: help demo test test-all bench census grammar check fmt clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## train a small model, make it sparse, compare; ARGS="--model NAME" takes a hub model
 	$(BIN)/python -m examples.demo $(ARGS)
