@@ -10,19 +10,20 @@ float64, goes to the reference.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from msa_compile._compat import multiply_rows
 from msa_compile.kernels.block_sparse_attention import reference
-from msa_compile.kernels.block_sparse_attention.pairs import Piece, find_pairs
+from msa_compile.kernels.block_sparse_attention.cpu_decode import attend_few_queries
+from msa_compile.kernels.block_sparse_attention.cpu_pairs import find_pairs
+from msa_compile.kernels.block_sparse_attention.cpu_pieces import Blocks, Softmax, find_shares, merge, run_pieces
 from msa_compile.kernels.segments import find_segments
 from msa_compile.kernels.threads import Scratch, run_all
 
+# Up to this many queries, each gathers its own blocks.
+_FEW_QUERIES = 16
 # Elements of the results of pieces that a task holds until it merges them.
 _WORKSPACE = 1 << 25
 # Queries that a task should have, in rows a block: fewer make products too thin, more only take memory.
@@ -67,6 +68,23 @@ def block_sparse_attention(
     batch, heads, query_length, head_dim = query.shape
     groups, topk = key.shape[1], block_ids.shape[-1]
     heads_a_group = heads // groups
+    scale = head_dim**-0.5 if scale is None else scale
+    if query_length <= _FEW_QUERIES:
+        return attend_few_queries(
+            query,
+            key,
+            value,
+            block_ids,
+            block_size=block_size,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            window=window,
+            query_start=query_start,
+            key_start=key_start,
+            key_end=key_end,
+            document_start=document_start,
+        )
     output = query.new_zeros(query.shape)
     segments = find_segments(
         batch=batch,
@@ -77,7 +95,7 @@ def block_sparse_attention(
         key_end=key_end,
         document_start=document_start,
     )
-    softmax = Softmax(block_size, head_dim**-0.5 if scale is None else scale, softcap, window)
+    softmax = Softmax(block_size, scale, softcap, window)
     scratch = Scratch()
     tasks: list[Callable[[], None]] = []
     for segment in segments:
@@ -108,68 +126,6 @@ def block_sparse_attention(
     return output
 
 
-@dataclass(frozen=True, slots=True)
-class Softmax:
-    """What turns products into probabilities: the constants of a call."""
-
-    block_size: int
-    scale: float
-    softcap: float | None
-    window: int | None
-
-    def logits(self, query: Tensor, key: Tensor, hidden: Tensor | None) -> Tensor:
-        """Return the logits of a piece, `[M * G, block_size]` float32, -inf where hidden.
-
-        Args:
-            query: `[M * G, D]` float32, times the scale.
-            key: `[block_size, D]` float32.
-            hidden: `[M, block_size]` bool, or None.
-        """
-        logits = multiply_rows(query, key)
-        if self.softcap is not None:
-            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        if hidden is not None:
-            by_query = logits.unflatten(0, (len(hidden), -1))
-            if key.isfinite().all():
-                # The lower of a logit and a bound: a sixth of the time of masked_fill, but it would keep NaN.
-                bound = torch.where(hidden, -torch.inf, torch.inf)
-                torch.minimum(by_query, bound[:, None], out=by_query)
-            else:
-                by_query.masked_fill_(hidden[:, None], -torch.inf)
-        return logits
-
-
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """The blocks of one head of keys `[L, D]` and values `[L, D]`, block 0 first."""
-
-    key: Tensor
-    value: Tensor
-    block_size: int
-
-    def of_key(self, block: int) -> Tensor:
-        """Return `[block_size, D]` float32, zeros after the end."""
-        return self._cut(self.key, block)
-
-    def of_value(self, block: int) -> Tensor:
-        """Return `[block_size, D]` float32, zeros after the end."""
-        return self._cut(self.value, block)
-
-    def _cut(self, rows: Tensor, block: int) -> Tensor:
-        rows = rows[block * self.block_size : (block + 1) * self.block_size].to(torch.float32)
-        missing = self.block_size - len(rows)
-        return F.pad(rows, (0, 0, 0, missing)) if missing else rows
-
-    def hidden(self, piece: Piece, slot: Tensor, window: int | None) -> Tensor | None:
-        """Return `[M, block_size]` bool: what queries at the slots `slot [M]` do not see of the block of a piece."""
-        if not piece.is_partial:
-            return None
-        of_keys = torch.arange(piece.block * self.block_size, (piece.block + 1) * self.block_size)
-        newest = slot.clamp(max=len(self.key) - 1)[:, None]
-        hidden = of_keys > newest
-        return hidden if window is None else hidden | (of_keys <= slot[:, None] - window)
-
-
 def _attend(
     query: Tensor,
     blocks: Blocks,
@@ -193,7 +149,7 @@ def _attend(
         softmax: constants of the call.
         scratch: memory for the results of pieces.
     """
-    group, queries, head_dim = query.shape
+    group = len(query)
     pairs = find_pairs(
         block_ids,
         position=position,
@@ -202,81 +158,9 @@ def _attend(
         window=softmax.window,
         heads_a_group=group,
     )
-    places = len(pairs.query)
-    # One more place, for the pairs that are not to be: zeros with no share.
-    results = scratch.take((places + 1) * group * head_dim).view(-1, head_dim)
-    highest = results.new_empty((places + 1) * group)
-    largest = torch.empty_like(highest)
-    results[places * group :] = 0
-    highest[places * group :] = -torch.inf
-    largest[places * group :] = 1
-    by_query = query.transpose(0, 1).to(torch.float32) * softmax.scale
-    by_query = by_query.reshape(queries, group * head_dim)
-    slot = pairs.query + position
-    for piece in pairs.pieces:
-        places_of = slice(piece.place, piece.place_end)
-        rows_of = slice(piece.place * group, piece.place_end * group)
-        rows = by_query.index_select(0, pairs.query[places_of]).view(-1, head_dim)
-        hidden = blocks.hidden(piece, slot[places_of], softmax.window)
-        logits = softmax.logits(rows, blocks.of_key(piece.block), hidden)
-        torch.amax(logits, -1, out=highest[rows_of])
-        probabilities = torch.softmax(logits, -1)
-        # exp(highest - highest) / sum: the largest probability is one over the sum of exponentials.
-        torch.amax(probabilities, -1, out=largest[rows_of])
-        results[rows_of] = _weigh(probabilities, blocks.of_value(piece.block), hidden)
-    _merge(results, highest, largest, pairs.place, sinks, output)
-
-
-def _weigh(probabilities: Tensor, value: Tensor, hidden: Tensor | None) -> Tensor:
-    """Return `probabilities @ value`, `[M * G, D]`, where a hidden value has no influence, NaN included."""
-    if hidden is None:
-        return multiply_rows(probabilities, value.t())
-    is_finite = value.isfinite()
-    if is_finite.all():
-        return multiply_rows(probabilities, value.t())
-    # Weight 0 times NaN is NaN. So what is not finite is added apart, to the rows that see it.
-    result = multiply_rows(probabilities, value.where(is_finite, 0.0).t())
-    by_query = result.unflatten(0, (len(hidden), -1))
-    weights = probabilities.unflatten(0, (len(hidden), -1))
-    for slot in (~is_finite).any(-1).nonzero().flatten().tolist():
-        rest = value[slot].masked_fill(is_finite[slot], 0.0)
-        sees = ~hidden[:, slot]
-        by_query[sees] += weights[sees][..., slot, None] * rest
-    return result
-
-
-def _merge(
-    results: Tensor, highest: Tensor, largest: Tensor, place: Tensor, sinks: Tensor | None, output: Tensor
-) -> None:
-    """Add the pieces of each query, weighted by their shares of its softmax, into the output.
-
-    Args:
-        results: `[(P + 1) * G, D]` float32, the results of the pieces by themselves.
-        highest: `[(P + 1) * G]` float32, the highest logit of each.
-        largest: `[(P + 1) * G]` float32, the largest probability of each, which is one over its sum.
-        place: `[C, topk]` int64, `0 .. P`.
-        sinks: `[G]`, or None.
-        output: `[G, C, D]`.
-    """
-    group, queries, head_dim = output.shape
-    # Where all logits are -inf, the piece is NaN by itself and nothing in the whole.
-    is_empty = highest == -torch.inf
-    if is_empty[:-group].any():
-        results.masked_fill_(is_empty[:, None], 0.0)
-        largest.masked_fill_(is_empty, 1.0)
-    rows = place[:, None] * group + torch.arange(group)[:, None]  # [C, G, topk]
-    top = highest[rows]
-    most = top.amax(-1, keepdim=True)
-    if sinks is not None:
-        of_sink = sinks.to(torch.float32)[:, None]
-        most = torch.maximum(most, of_sink)
-    most = most.masked_fill(most == -torch.inf, 0.0)
-    shares = torch.exp(top - most) / largest[rows]
-    total = shares.sum(-1, keepdim=True)
-    if sinks is not None:
-        total = total + torch.exp(of_sink - most)
-    shares = shares / total.masked_fill(total == 0, 1.0)
-    merged = F.embedding_bag(
-        rows.view(queries * group, -1), results, mode="sum", per_sample_weights=shares.flatten(0, 1)
-    )
-    output.copy_(merged.view(queries, group, head_dim).transpose(0, 1))
+    if not pairs.pieces:
+        return
+    by_query = query.transpose(0, 1).to(torch.float32).contiguous() * softmax.scale
+    results = run_pieces(by_query, blocks, pairs, position=position, softmax=softmax, scratch=scratch)
+    shares = find_shares(results, pairs.place, sinks, group)
+    output.copy_(merge(results, shares).transpose(0, 1))

@@ -74,6 +74,8 @@ def find_pairs(
     places = int(sizes.sum())
 
     pairs = int(counts.sum())
+    if pairs == 0:
+        return Pairs(order[:0], order.new_zeros(block_ids.shape), [])
     ordered, order = ordered[:pairs].long(), order[:pairs]
     # The shift of a bin: where it starts among places less where it starts among ordered pairs.
     shift = starts - (counts.cumsum(0) - counts)
