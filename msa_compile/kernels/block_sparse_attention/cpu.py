@@ -9,6 +9,7 @@ Products are in float32 whatever the inputs are, by oneDNN, and only the result 
 float64, goes to the reference.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from msa_compile.kernels.block_sparse_attention import reference
+from msa_compile.kernels.block_sparse_attention.cpu_backward import GroupGradients, differentiate
 from msa_compile.kernels.block_sparse_attention.cpu_decode import attend_few_queries
 from msa_compile.kernels.block_sparse_attention.cpu_pairs import find_pairs
 from msa_compile.kernels.block_sparse_attention.cpu_pieces import Blocks, Softmax, find_shares, merge, run_pieces
-from msa_compile.kernels.segments import find_segments
+from msa_compile.kernels.segments import Segment, find_segments
 from msa_compile.kernels.threads import Scratch, run_all
 
 # Up to this many queries, each gathers its own blocks.
@@ -99,13 +101,10 @@ def block_sparse_attention(
     scratch = Scratch()
     tasks: list[Callable[[], None]] = []
     for segment in segments:
-        blocks = -(-segment.length // block_size)
-        step = min(
-            max(1, _ROWS_A_BLOCK * blocks // (heads_a_group * topk)), _WORKSPACE // (heads_a_group * topk * head_dim)
-        )
+        step = _step(segment, heads_a_group * topk, head_dim, block_size)
         slots = slice(segment.anchor, segment.anchor + segment.length)
-        for start in range(segment.start, segment.end, max(1, step)):
-            end = min(start + max(1, step), segment.end)
+        for start in range(segment.start, segment.end, step):
+            end = min(start + step, segment.end)
             for row in range(segment.row, segment.row_end):
                 for group in range(groups):
                     of_group = slice(group * heads_a_group, (group + 1) * heads_a_group)
@@ -124,6 +123,121 @@ def block_sparse_attention(
                     )
     run_all(tasks)
     return output
+
+
+def block_sparse_attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_ids: Tensor,
+    *,
+    block_size: int,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    window: int | None = None,
+    query_start: Tensor | None = None,
+    key_start: Tensor | None = None,
+    key_end: Tensor | None = None,
+    document_start: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> reference.Gradients:
+    """Differentiate `block_sparse_attention`, recomputing its softmax; `grad_output` is `[B, Hq, Tq, D]`.
+
+    A call in which a query, or a key that some query may see, is not finite goes to the reference, as a call with a
+    mask or in float64 does.
+    """
+    batch, heads, query_length, head_dim = query.shape
+    groups, key_length = key.shape[1:3]
+    is_covered = mask is None and query.dtype != torch.float64
+    segments: list[Segment] = []
+    if is_covered:
+        segments = find_segments(
+            batch=batch,
+            query_length=query_length,
+            key_length=key_length,
+            query_start=query_start,
+            key_start=key_start,
+            key_end=key_end,
+            document_start=document_start,
+        )
+        is_covered = all(_is_finite(one, (query, grad_output), (key, value)) for one in segments)
+    if not is_covered:
+        return reference.block_sparse_attention_backward(
+            grad_output,
+            query,
+            key,
+            value,
+            block_ids,
+            block_size=block_size,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            window=window,
+            query_start=query_start,
+            key_start=key_start,
+            key_end=key_end,
+            document_start=document_start,
+            mask=mask,
+        )
+    heads_a_group = heads // groups
+    softmax = Softmax(block_size, head_dim**-0.5 if scale is None else scale, softcap, window)
+    grad_query = query.new_zeros(query.shape)
+    # Of keys and values a column is a key: so their products come out.
+    grad_key, grad_value = (
+        torch.zeros(batch, groups, head_dim, key_length, dtype=torch.float32, device=query.device) for _ in range(2)
+    )
+    grad_sinks = torch.zeros(batch, heads, dtype=torch.float32, device=query.device)
+    scratch = Scratch()
+
+    def differentiate_group(row: int, group: int) -> None:
+        of_group = slice(group * heads_a_group, (group + 1) * heads_a_group)
+        for segment in segments:
+            if not segment.row <= row < segment.row_end:
+                continue
+            queries = slice(segment.start, segment.end)
+            slots = slice(segment.anchor, segment.anchor + segment.length)
+            differentiate(
+                grad_output[row, of_group, queries],
+                query[row, of_group, queries],
+                Blocks(key[row, group, slots], value[row, group, slots], block_size),
+                block_ids[row, group, queries],
+                None if sinks is None else sinks[of_group],
+                GroupGradients(
+                    grad_query[row, of_group, queries],
+                    grad_key[row, group, :, slots],
+                    grad_value[row, group, :, slots],
+                    grad_sinks[row, of_group],
+                ),
+                position=segment.position,
+                step=_step(segment, heads_a_group * block_ids.shape[-1], head_dim, block_size),
+                softmax=softmax,
+                scratch=scratch,
+            )
+
+    # A task is a group and not a run of queries: what is added to a key comes in one order, so results never differ.
+    run_all([partial(differentiate_group, row, group) for row in range(batch) for group in range(groups)])
+    return reference.Gradients(
+        grad_query,
+        grad_key.transpose(-1, -2).to(key.dtype).contiguous(),
+        grad_value.transpose(-1, -2).to(value.dtype).contiguous(),
+        None if sinks is None else grad_sinks.sum(0).to(sinks.dtype),
+    )
+
+
+def _step(segment: Segment, rows_a_query: int, head_dim: int, block_size: int) -> int:
+    """Return how many queries of a segment to take at once; `rows_a_query` is `G * topk`."""
+    blocks = -(-segment.length // block_size)
+    return max(1, min(_ROWS_A_BLOCK * blocks // rows_a_query, _WORKSPACE // (rows_a_query * head_dim)))
+
+
+def _is_finite(segment: Segment, of_queries: tuple[Tensor, Tensor], of_keys: tuple[Tensor, Tensor]) -> bool:
+    rows = slice(segment.row, segment.row_end)
+    queries, keys = slice(segment.start, segment.end), slice(segment.anchor, segment.anchor + segment.length)
+    tensors = [tensor[rows, :, queries] for tensor in of_queries] + [tensor[rows, :, keys] for tensor in of_keys]
+    # A sum is finite if nothing in it is infinite or NaN, unless it overflows; and then only time is lost.
+    return all(math.isfinite(float(tensor.sum(dtype=torch.float32))) for tensor in tensors)
 
 
 def _attend(

@@ -267,7 +267,7 @@ def _run_backward_with(implementation: ModuleType) -> Callable[..., tuple[Tensor
 _op = torch.library.custom_op("msa::block_sparse_attention", _run_with(cpu), mutates_args=(), device_types="cpu")
 _backward_op = torch.library.custom_op(
     "msa::block_sparse_attention_backward",
-    _run_backward_with(reference),
+    _run_backward_with(cpu),
     mutates_args=(),
     device_types="cpu",
 )
