@@ -20,8 +20,8 @@ from msa_compile.kernels.threads import run_all
 
 # Queries of a task, keys of a product, and block scores held at once by a task. The product of a tile of queries and
 # one of keys should stay in a core's cache.
-_QUERY_TILE = 512
-_KEY_TILE = 1024
+_QUERY_TILE = 1024
+_KEY_TILE = 512
 _KEY_TILE_OF_FEW_QUERIES = 8192
 _WORKSPACE = 1 << 21
 # Rows of a product are rounded up to this: oneDNN prepares and keeps code for every size that it meets.
