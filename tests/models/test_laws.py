@@ -166,9 +166,7 @@ def anchor_at_slot_zero(monkeypatch):
     """Blocks are counted from the buffer's start; what is visible stays right."""
     select, attend = select_cpu.select_blocks, attend_cpu.block_sparse_attention
     monkeypatch.setattr(select_cpu, "select_blocks", lambda *a, **k: select(*a, **{**k, "key_start": None}))
-    monkeypatch.setattr(
-        attend_cpu, "block_sparse_attention", lambda *a, **k: attend(*a, **{**k, "key_start": None})
-    )
+    monkeypatch.setattr(attend_cpu, "block_sparse_attention", lambda *a, **k: attend(*a, **{**k, "key_start": None}))
 
 
 def ignore_the_mask(monkeypatch):
