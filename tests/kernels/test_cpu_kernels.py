@@ -13,7 +13,7 @@ from test_kernel_laws import CASES
 from torch import Tensor
 
 from msa_compile.kernels import block_sparse_attention, select_blocks
-from msa_compile.kernels.block_sparse_attention import cpu, cpu_decode, cpu_pairs, reference
+from msa_compile.kernels.block_sparse_attention import cpu, cpu_pairs, reference
 from msa_compile.kernels.segments import Segment, find_segments
 from msa_compile.kernels.select_blocks import cpu as selection_cpu
 from msa_compile.kernels.select_blocks import reference as selection_reference
@@ -40,7 +40,6 @@ WAYS: dict[str, list[tuple[Any, str, int]]] = {
     ],
     "gathered in small pieces": [
         (cpu, "_FEW_QUERIES", 10**6),
-        (cpu_decode, "_WORKSPACE", 1000),
         (selection_cpu, "_FEW_QUERIES", 10**6),
         (selection_cpu, "_FEW_SCORES", 0),
         (selection_cpu, "_QUERY_TILE", 7),

@@ -1,6 +1,7 @@
-"""Block-sparse attention on a CPU for few queries: every query gathers its own blocks.
+"""Block-sparse attention on a CPU for few queries: every query copies the slots that it may use, and no others.
 
-Arguments and result as in `op.py`, without a mask. Nothing grows with the number of keys.
+Arguments and result as in `op.py`, without a mask. Nothing grows with the number of keys, and nothing needs a mask: the
+visible part of a block is a run of slots.
 """
 
 from collections.abc import Callable
@@ -10,10 +11,7 @@ import torch
 from torch import Tensor
 
 from msa_compile.kernels.threads import run_all
-from msa_compile.kernels.visibility import Visibility, find_visibility
-
-# Keys gathered at once, in elements.
-_WORKSPACE = 1 << 20
+from msa_compile.kernels.visibility import find_visibility
 
 
 def attend_few_queries(
@@ -33,12 +31,11 @@ def attend_few_queries(
     document_start: Tensor | None,
 ) -> Tensor:
     """Attend to the visible tokens of the selected blocks."""
-    batch, heads, query_length, head_dim = query.shape
+    batch, heads, query_length, _ = query.shape
     groups, key_length = key.shape[1:3]
+    heads_a_group = heads // groups
     output = query.new_zeros(query.shape)
-    if output.numel() == 0 or key_length == 0:
-        return output
-    visibility = find_visibility(
+    seen = find_visibility(
         query_length=query_length,
         key_length=key_length,
         device=query.device,
@@ -48,26 +45,31 @@ def attend_few_queries(
         key_end=key_end,
         document_start=document_start,
     )
-    heads_a_group = heads // groups
-    step = max(1, _WORKSPACE // (block_ids.shape[-1] * block_size * head_dim))
+    anchors, firsts, stops = (of_query.expand(batch, -1).tolist() for of_query in (seen.anchor, seen.first, seen.stop))
+    ids = block_ids.tolist()
     tasks: list[Callable[[], None]] = []
-    for start in range(0, query_length, step):
-        end = min(start + step, query_length)
-        seen = visibility.rows(start, end)
-        slots, is_hidden = _find_slots(block_ids[:, :, start:end], block_size, seen)
-        for row in range(batch):
+    for row in range(batch):
+        for at in range(query_length):
             for group in range(groups):
+                runs = _find_runs(
+                    ids[row][group][at],
+                    block_size,
+                    anchor=anchors[row][at],
+                    first=firsts[row][at],
+                    stop=stops[row][at],
+                )
+                if not runs:
+                    continue
                 of_group = slice(group * heads_a_group, (group + 1) * heads_a_group)
                 tasks.append(
                     partial(
                         _attend,
-                        query[row, of_group, start:end].transpose(0, 1),
+                        query[row, of_group, at],
                         key[row, group],
                         value[row, group],
-                        slots[row, group],
-                        is_hidden[row, group],
+                        runs,
                         None if sinks is None else sinks[of_group],
-                        output[row, of_group, start:end].transpose(0, 1),
+                        output[row, of_group, at],
                         scale=scale,
                         softcap=softcap,
                     )
@@ -76,53 +78,59 @@ def attend_few_queries(
     return output
 
 
-def _find_slots(block_ids: Tensor, block_size: int, seen: Visibility) -> tuple[Tensor, Tensor]:
-    """Return the slots of the selected blocks and which of them are hidden, both `[B, Hkv, C, W]`."""
-    ids = block_ids.to(torch.int64)[..., None]
-    slots = (seen.anchor[:, None, :, None, None] + ids * block_size + torch.arange(block_size)).flatten(-2)
-    of_ids = (ids >= 0).expand(*ids.shape[:-1], block_size).flatten(-2)
-    is_visible = seen.of_slots(slots) & of_ids
-    return slots.clamp_(0, seen.key_length - 1), ~is_visible
+def _find_runs(ids: list[int], block_size: int, *, anchor: int, first: int, stop: int) -> list[slice]:
+    """Return the slots of the selected blocks that lie in `[first, stop)`, neighbouring blocks in one run."""
+    runs: list[slice] = []
+    for block in ids:
+        if block < 0:
+            continue
+        start = anchor + block * block_size
+        end = min(start + block_size, stop)
+        start = max(start, first)
+        if start >= end:
+            continue
+        if runs and runs[-1].stop == start:
+            start = runs.pop().start
+        runs.append(slice(start, end))
+    return runs
 
 
 def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    slots: Tensor,
-    is_hidden: Tensor,
+    runs: list[slice],
     sinks: Tensor | None,
     output: Tensor,
     *,
     scale: float,
     softcap: float | None,
 ) -> None:
-    """Attend for the queries of one group.
+    """Attend for one query of one group.
 
     Args:
-        query: `[C, G, D]`.
+        query: `[G, D]`.
         key: `[Tk, D]`.
         value: `[Tk, D]`.
-        slots: `[C, W]` int64, inside the keys.
-        is_hidden: `[C, W]` bool.
+        runs: slots to attend to, one at least.
         sinks: `[G]`, or None.
-        output: `[C, G, D]`: where the result goes.
+        output: `[G, D]`: where the result goes.
         scale: factor of the logits.
         softcap: bound of the logits, or None.
     """
-    queries, width = slots.shape
-    shape = (queries, width, -1)
-    of_slots = slots.flatten()
-    key = key.index_select(0, of_slots).to(torch.float32).view(shape)
-    # Zeroed: 0 times NaN would carry poisoned memory into the result.
-    value = value.index_select(0, of_slots).to(torch.float32).view(shape).masked_fill_(is_hidden[..., None], 0.0)
-    logits = (query.to(torch.float32) * scale) @ key.transpose(-1, -2)
+    logits = (query.to(torch.float32) * scale) @ _gather(key, runs).t()
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
-    logits.masked_fill_(is_hidden[:, None], -torch.inf)
+    width = logits.shape[-1]
     if sinks is not None:
-        logits = torch.cat([logits, sinks.to(torch.float32)[None, :, None].expand(queries, -1, 1)], -1)
+        logits = torch.cat([logits, sinks.to(torch.float32)[:, None]], -1)
     probabilities = torch.softmax(logits, -1)
-    # Nothing but -inf: no token is seen, and softmax says NaN.
+    # Of nothing but -inf softmax makes NaN, and attention zeros.
     is_empty = logits.amax(-1, keepdim=True) == -torch.inf
-    output.copy_(probabilities.masked_fill_(is_empty, 0.0)[..., :width] @ value)
+    probabilities = probabilities.masked_fill_(is_empty, 0.0)
+    output.copy_(probabilities[:, :width] @ _gather(value, runs))
+
+
+def _gather(rows: Tensor, runs: list[slice]) -> Tensor:
+    """Return `[W, D]` float32."""
+    return torch.cat([rows[run] for run in runs]).to(torch.float32)
