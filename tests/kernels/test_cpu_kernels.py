@@ -12,7 +12,7 @@ from kernel_laws import Case, Implementation, make_case
 from test_kernel_laws import CASES
 from torch import Tensor
 
-from msa_compile.kernels import block_sparse_attention, select_blocks
+from msa_compile.kernels import block_sparse_attention, select_blocks, threads
 from msa_compile.kernels.block_sparse_attention import cpu, cpu_pairs, reference
 from msa_compile.kernels.segments import Segment, find_segments
 from msa_compile.kernels.select_blocks import cpu as selection_cpu
@@ -152,6 +152,16 @@ def test_poison_that_is_visible_reaches_what_it_reaches_in_the_reference(target:
     )
 
 
+@pytest.mark.usefixtures("way")
+def test_a_block_of_nothing_but_infinitely_low_logits_is_nothing() -> None:
+    case = make_case(queries=63, topk=8)
+    case = replace(case, query=case.query.abs(), key=case.key.index_fill(2, torch.arange(8, 24), -INF))
+    ids = laws.select(OPS, case)
+    output = laws.attend(OPS, case, ids)
+    assert output.isfinite().all()
+    laws.assert_close(output, laws.attend(REFERENCE, case, ids))
+
+
 def test_gradients_of_a_call_that_is_not_finite_are_those_of_the_reference() -> None:
     case = make_case(queries=63, topk=4)
     case.value[0, 0, 20] = NAN
@@ -265,6 +275,8 @@ def settings() -> dict[str, object]:
 @pytest.mark.usefixtures("two_threads")
 def test_no_setting_of_the_process_changes() -> None:
     before = settings()
+    # Threads that no call before has started.
+    threads._pool.cache_clear()
     run_everything(long_case())
     assert settings() == before
 
