@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from msa_compile.errors import KernelArgumentError
 from msa_compile.kernels import block_sparse_attention, select_blocks
-from msa_compile.kernels.block_sparse_attention import reference
+from msa_compile.kernels.block_sparse_attention import cpu
 
 OPS = Implementation(select_blocks, block_sparse_attention)
 NAN = float("nan")
@@ -284,13 +284,13 @@ def test_dense_path_equals_all_blocks_selected(options: dict[str, Any]) -> None:
 
 def test_a_cache_that_grows_past_dense_below_needs_no_new_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     sparse_lengths: list[int] = []
-    sparse = reference.block_sparse_attention
+    sparse = cpu.block_sparse_attention
 
     def record(query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Tensor:
         sparse_lengths.append(key.shape[2])
         return sparse(query, key, *rest, **options)
 
-    monkeypatch.setattr(reference, "block_sparse_attention", record)
+    monkeypatch.setattr(cpu, "block_sparse_attention", record)
     graphs = 0
 
     def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:

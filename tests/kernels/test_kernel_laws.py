@@ -1,6 +1,6 @@
 """Laws 1 to 6 of DESIGN.md 3 on the ops, and law 8: every law turns red on a mutant."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import kernel_laws as laws
@@ -12,10 +12,23 @@ from kernel_laws import Case, Implementation, make_case
 from torch import Tensor
 
 from msa_compile.kernels import block_sparse_attention, select_blocks
+from msa_compile.kernels.block_sparse_attention import cpu as attention_cpu
 from msa_compile.kernels.block_sparse_attention import reference as attention_reference
+from msa_compile.kernels.select_blocks import cpu as selection_cpu
 from msa_compile.kernels.select_blocks import reference as selection_reference
 
 OPS = Implementation(select_blocks, block_sparse_attention)
+
+
+@pytest.fixture(scope="module", params=["cpu", "reference"], autouse=True)
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run every test of this file on what a CPU runs, and on the reference in its place."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "reference":
+            patch.setattr(selection_cpu, "select_blocks", selection_reference.select_blocks)
+            for name in ("block_sparse_attention", "block_sparse_attention_backward"):
+                patch.setattr(attention_cpu, name, getattr(attention_reference, name))
+        yield
 
 
 def documents(batch: int, length: int, *starts: int) -> Tensor:
@@ -198,9 +211,9 @@ def test_the_laws_run_the_sparse_ops(monkeypatch: pytest.MonkeyPatch) -> None:
         return counted
 
     for module, function, name in (
-        (selection_reference, "select_blocks", "select"),
-        (attention_reference, "block_sparse_attention", "attend"),
-        (attention_reference, "block_sparse_attention_backward", "backward"),
+        (selection_cpu, "select_blocks", "select"),
+        (attention_cpu, "block_sparse_attention", "attend"),
+        (attention_cpu, "block_sparse_attention_backward", "backward"),
     ):
         monkeypatch.setattr(module, function, count(name, getattr(module, function)))
     laws.check_equals_dense(OPS)

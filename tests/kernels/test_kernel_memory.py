@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from msa_compile.kernels import block_sparse_attention, select_blocks
-from msa_compile.kernels.block_sparse_attention import reference as attention_reference
-from msa_compile.kernels.select_blocks import reference as selection_reference
+from msa_compile.kernels.block_sparse_attention import cpu as attention_cpu
+from msa_compile.kernels.select_blocks import cpu as selection_cpu
 
 
 class LiveBytes(TorchDispatchMode):
@@ -57,9 +57,9 @@ def peaks_of_training_step(length: int, monkeypatch: pytest.MonkeyPatch) -> list
     peaks: list[int] = []
     with monkeypatch.context() as patch:
         for module, name in (
-            (selection_reference, "select_blocks"),
-            (attention_reference, "block_sparse_attention"),
-            (attention_reference, "block_sparse_attention_backward"),
+            (selection_cpu, "select_blocks"),
+            (attention_cpu, "block_sparse_attention"),
+            (attention_cpu, "block_sparse_attention_backward"),
         ):
             patch.setattr(module, name, count_inside(getattr(module, name), peaks))
         rng = torch.Generator().manual_seed(0)

@@ -11,8 +11,8 @@ import msa_compile
 from models.oracle import BlockOracle
 from models.zoo import VOCAB, ZOO, Entry
 from msa_compile import MSAConfig
-from msa_compile.kernels.block_sparse_attention import reference as attend_reference
-from msa_compile.kernels.select_blocks import reference as select_reference
+from msa_compile.kernels.block_sparse_attention import cpu as attend_cpu
+from msa_compile.kernels.select_blocks import cpu as select_cpu
 
 BLOCK_SIZE, TOPK = 4, 5
 BUDGET = BLOCK_SIZE * TOPK
@@ -41,7 +41,7 @@ class OpCalls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.selections = self.attentions = 0
-        select, attend = select_reference.select_blocks, attend_reference.block_sparse_attention
+        select, attend = select_cpu.select_blocks, attend_cpu.block_sparse_attention
 
         def counted_select(*args, **kwargs):
             self.selections += 1
@@ -51,8 +51,8 @@ class OpCalls:
             self.attentions += 1
             return attend(*args, **kwargs)
 
-        monkeypatch.setattr(select_reference, "select_blocks", counted_select)
-        monkeypatch.setattr(attend_reference, "block_sparse_attention", counted_attend)
+        monkeypatch.setattr(select_cpu, "select_blocks", counted_select)
+        monkeypatch.setattr(attend_cpu, "block_sparse_attention", counted_attend)
 
     @contextlib.contextmanager
     def expecting(self, count: int) -> Iterator[None]:

@@ -5,8 +5,8 @@ import torch
 
 from models.subject import BUDGET, EXACT, difference, left_padding, tokens
 from models.zoo import VOCAB, ZOO
-from msa_compile.kernels.block_sparse_attention import reference as attend_reference
-from msa_compile.kernels.select_blocks import reference as select_reference
+from msa_compile.kernels.block_sparse_attention import cpu as attend_cpu
+from msa_compile.kernels.select_blocks import cpu as select_cpu
 
 PADDED = [name for name, entry in ZOO.items() if entry.calls.pads]
 CACHES = sorted({cache for entry in ZOO.values() for cache in entry.calls.caches})
@@ -142,40 +142,38 @@ def test_a_future_token_changes_nothing_before_it(subject):
 
 def drop_a_slot(monkeypatch):
     """The first of several chosen blocks is lost."""
-    select = select_reference.select_blocks
+    select = select_cpu.select_blocks
 
     def mutant(*args, **kwargs):
         ids = select(*args, **kwargs)
         shorter = torch.cat([ids[..., 1:], torch.full_like(ids[..., :1], -1)], dim=-1)
         return torch.where((ids >= 0).sum(-1, keepdim=True) > 1, shorter, ids)
 
-    monkeypatch.setattr(select_reference, "select_blocks", mutant)
+    monkeypatch.setattr(select_cpu, "select_blocks", mutant)
 
 
 def forget_the_local_block(monkeypatch):
     """The query's own block has to compete like any other."""
-    select = select_reference.select_blocks
+    select = select_cpu.select_blocks
 
     def mutant(*args, **kwargs):
         return select(*args, **{**kwargs, "local_blocks": 0})
 
-    monkeypatch.setattr(select_reference, "select_blocks", mutant)
+    monkeypatch.setattr(select_cpu, "select_blocks", mutant)
 
 
 def anchor_at_slot_zero(monkeypatch):
     """Blocks are counted from the buffer's start; what is visible stays right."""
-    select, attend = select_reference.select_blocks, attend_reference.block_sparse_attention
-    monkeypatch.setattr(select_reference, "select_blocks", lambda *a, **k: select(*a, **{**k, "key_start": None}))
-    monkeypatch.setattr(
-        attend_reference, "block_sparse_attention", lambda *a, **k: attend(*a, **{**k, "key_start": None})
-    )
+    select, attend = select_cpu.select_blocks, attend_cpu.block_sparse_attention
+    monkeypatch.setattr(select_cpu, "select_blocks", lambda *a, **k: select(*a, **{**k, "key_start": None}))
+    monkeypatch.setattr(attend_cpu, "block_sparse_attention", lambda *a, **k: attend(*a, **{**k, "key_start": None}))
 
 
 def ignore_the_mask(monkeypatch):
     """What only the mask hides is seen."""
-    select, attend = select_reference.select_blocks, attend_reference.block_sparse_attention
-    monkeypatch.setattr(select_reference, "select_blocks", lambda *a, **k: select(*a, **{**k, "mask": None}))
-    monkeypatch.setattr(attend_reference, "block_sparse_attention", lambda *a, **k: attend(*a, **{**k, "mask": None}))
+    select, attend = select_cpu.select_blocks, attend_cpu.block_sparse_attention
+    monkeypatch.setattr(select_cpu, "select_blocks", lambda *a, **k: select(*a, **{**k, "mask": None}))
+    monkeypatch.setattr(attend_cpu, "block_sparse_attention", lambda *a, **k: attend(*a, **{**k, "mask": None}))
 
 
 @pytest.mark.parametrize("mutate", [drop_a_slot, forget_the_local_block])

@@ -18,7 +18,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn import functional as F
 
 import msa_compile
-from msa_compile.kernels.block_sparse_attention import reference
+from msa_compile.kernels.block_sparse_attention import cpu
 from runtime.tiny import CONFIG, VOCAB, llama, tokens
 
 RANKS = 2
@@ -88,13 +88,13 @@ def loaded_by_plan(folder: Path) -> nn.Module:
 def recorded() -> Iterator[list[tuple[int, int, Tensor]]]:
     """Query heads, key heads and block ids of each sparse attention that runs."""
     seen: list[tuple[int, int, Tensor]] = []
-    original = reference.block_sparse_attention
+    original = cpu.block_sparse_attention
 
     def recording(query: Tensor, key: Tensor, value: Tensor, block_ids: Tensor, *args: object, **kwargs: Any) -> Tensor:
         seen.append((query.shape[1], key.shape[1], block_ids.clone()))
         return original(query, key, value, block_ids, *args, **kwargs)
 
-    with mock.patch.object(reference, "block_sparse_attention", recording):
+    with mock.patch.object(cpu, "block_sparse_attention", recording):
         yield seen
 
 

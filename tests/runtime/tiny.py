@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import msa_compile
 from msa_compile import MSAConfig
-from msa_compile.kernels.block_sparse_attention import reference
+from msa_compile.kernels.block_sparse_attention import cpu
 
 CONFIG = MSAConfig(block_size=4, topk_blocks=3, dense_below=0)
 EVERYTHING = MSAConfig(block_size=4, topk_blocks=64, dense_below=0)  # sparse ops that select every block
@@ -133,11 +133,11 @@ class OpCount:
 @contextlib.contextmanager
 def counted_ops() -> Iterator[OpCount]:
     count = OpCount()
-    original = reference.block_sparse_attention
+    original = cpu.block_sparse_attention
 
     def counting(*args: object, **kwargs: object) -> Tensor:
         count.total += 1
         return original(*args, **kwargs)
 
-    with mock.patch.object(reference, "block_sparse_attention", counting):
+    with mock.patch.object(cpu, "block_sparse_attention", counting):
         yield count

@@ -1,6 +1,8 @@
 """The ops `msa::block_sparse_attention` and its backward: schema, fake, autograd, autocast, and the public function."""
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from msa_compile.kernels.arguments import (
     check_visibility,
 )
 from msa_compile.kernels.autocast import register_autocast
-from msa_compile.kernels.block_sparse_attention import reference
+from msa_compile.kernels.block_sparse_attention import cpu, reference
 from msa_compile.kernels.block_sparse_attention.dense import attend_densely
 
 
@@ -148,99 +150,45 @@ def _check_block_ids(block_ids: Tensor, batch: int, groups: int, query_length: i
         raise KernelArgumentError(f"block_ids: found shape {tuple(block_ids.shape)}; legal is a topk of at least 1")
 
 
-def _run_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_ids: Tensor,
-    block_size: int,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    window: int | None = None,
-    query_start: Tensor | None = None,
-    key_start: Tensor | None = None,
-    key_end: Tensor | None = None,
-    document_start: Tensor | None = None,
-    mask: Tensor | None = None,
-    dense_below: int = 0,
-    is_causal: bool = True,
-) -> Tensor:
-    # Decided here, from the size at hand: a cache that grows past the bound needs no new graph.
-    if key.shape[2] <= dense_below:
-        return attend_densely(
-            query,
-            key,
-            value,
-            scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-            window=window,
-            query_start=query_start,
-            key_start=key_start,
-            key_end=key_end,
-            document_start=document_start,
-            mask=mask,
-            is_causal=is_causal,
-        )
-    return reference.block_sparse_attention(
-        query,
-        key,
-        value,
-        block_ids,
-        block_size=block_size,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        window=window,
-        query_start=query_start,
-        key_start=key_start,
-        key_end=key_end,
-        document_start=document_start,
-        mask=mask,
-        is_causal=is_causal,
-    )
+def _run_with(implementation: ModuleType) -> Callable[..., Tensor]:
+    """Make the op's kernel of a module that implements it."""
 
-
-def _run_reference_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_ids: Tensor,
-    block_size: int,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    window: int | None = None,
-    query_start: Tensor | None = None,
-    key_start: Tensor | None = None,
-    key_end: Tensor | None = None,
-    document_start: Tensor | None = None,
-    mask: Tensor | None = None,
-    dense_below: int = 0,
-    is_causal: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if key.shape[2] <= dense_below:
-        grads = reference.dense_attention_backward(
-            grad_output,
-            query,
-            key,
-            value,
-            scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-            window=window,
-            query_start=query_start,
-            key_start=key_start,
-            key_end=key_end,
-            document_start=document_start,
-            mask=mask,
-            is_causal=is_causal,
-        )
-    else:
-        grads = reference.block_sparse_attention_backward(
-            grad_output,
+    def run(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        block_ids: Tensor,
+        block_size: int,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        window: int | None = None,
+        query_start: Tensor | None = None,
+        key_start: Tensor | None = None,
+        key_end: Tensor | None = None,
+        document_start: Tensor | None = None,
+        mask: Tensor | None = None,
+        dense_below: int = 0,
+        is_causal: bool = True,
+    ) -> Tensor:
+        # Decided here, from the size at hand: a cache that grows past the bound needs no new graph.
+        if key.shape[2] <= dense_below:
+            return attend_densely(
+                query,
+                key,
+                value,
+                scale=scale,
+                softcap=softcap,
+                sinks=sinks,
+                window=window,
+                query_start=query_start,
+                key_start=key_start,
+                key_end=key_end,
+                document_start=document_start,
+                mask=mask,
+                is_causal=is_causal,
+            )
+        return implementation.block_sparse_attention(
             query,
             key,
             value,
@@ -257,17 +205,84 @@ def _run_reference_backward(
             mask=mask,
             is_causal=is_causal,
         )
-    # An op returns a tensor in every place: an empty one stands for no sinks.
-    return grads.query, grads.key, grads.value, query.new_empty(0) if grads.sinks is None else grads.sinks
+
+    return run
 
 
-_op = torch.library.custom_op("msa::block_sparse_attention", _run_reference, mutates_args=(), device_types="cpu")
+def _run_backward_with(implementation: ModuleType) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Make the backward op's kernel of a module that implements it."""
+
+    def run(
+        grad_output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        block_ids: Tensor,
+        block_size: int,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        window: int | None = None,
+        query_start: Tensor | None = None,
+        key_start: Tensor | None = None,
+        key_end: Tensor | None = None,
+        document_start: Tensor | None = None,
+        mask: Tensor | None = None,
+        dense_below: int = 0,
+        is_causal: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if key.shape[2] <= dense_below:
+            grads = reference.dense_attention_backward(
+                grad_output,
+                query,
+                key,
+                value,
+                scale=scale,
+                softcap=softcap,
+                sinks=sinks,
+                window=window,
+                query_start=query_start,
+                key_start=key_start,
+                key_end=key_end,
+                document_start=document_start,
+                mask=mask,
+                is_causal=is_causal,
+            )
+        else:
+            grads = implementation.block_sparse_attention_backward(
+                grad_output,
+                query,
+                key,
+                value,
+                block_ids,
+                block_size=block_size,
+                scale=scale,
+                softcap=softcap,
+                sinks=sinks,
+                window=window,
+                query_start=query_start,
+                key_start=key_start,
+                key_end=key_end,
+                document_start=document_start,
+                mask=mask,
+                is_causal=is_causal,
+            )
+        # An op returns a tensor in every place: an empty one stands for no sinks.
+        return grads.query, grads.key, grads.value, query.new_empty(0) if grads.sinks is None else grads.sinks
+
+    return run
+
+
+_op = torch.library.custom_op("msa::block_sparse_attention", _run_with(cpu), mutates_args=(), device_types="cpu")
 _backward_op = torch.library.custom_op(
-    "msa::block_sparse_attention_backward", _run_reference_backward, mutates_args=(), device_types="cpu"
+    "msa::block_sparse_attention_backward",
+    _run_backward_with(cpu),
+    mutates_args=(),
+    device_types="cpu",
 )
 # The reference path, not yet a fused kernel: it runs wherever torch does.
-_op.register_kernel("cuda", _run_reference)
-_backward_op.register_kernel("cuda", _run_reference_backward)
+_op.register_kernel("cuda", _run_with(reference))
+_backward_op.register_kernel("cuda", _run_backward_with(reference))
 
 
 @_op.register_fake

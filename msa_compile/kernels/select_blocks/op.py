@@ -1,5 +1,7 @@
 """The op `msa::select_blocks`: schema, fake, autocast, and the public function that checks arguments and calls it."""
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from msa_compile.kernels.arguments import (
     check_visibility,
 )
 from msa_compile.kernels.autocast import register_autocast
-from msa_compile.kernels.select_blocks import reference
+from msa_compile.kernels.select_blocks import cpu, reference
 
 
 def select_blocks(
@@ -120,44 +122,49 @@ def select_blocks(
     return selected
 
 
-def _run_reference(
-    index_query: Tensor,
-    index_key: Tensor,
-    block_size: int,
-    topk: int,
-    local_blocks: int = 1,
-    sink_blocks: int = 0,
-    query_start: Tensor | None = None,
-    key_start: Tensor | None = None,
-    key_end: Tensor | None = None,
-    document_start: Tensor | None = None,
-    mask: Tensor | None = None,
-    dense_below: int = 0,
-    is_causal: bool = True,
-) -> Tensor:
-    if index_key.shape[2] <= dense_below:
-        # The attention op ignores the ids of a call this short. Decided here, from the size at hand: a cache that grows
-        # past the bound needs no new graph.
-        return index_query.new_full((*index_query.shape[:3], topk), -1, dtype=torch.int32)
-    return reference.select_blocks(
-        index_query,
-        index_key,
-        block_size=block_size,
-        topk=topk,
-        local_blocks=local_blocks,
-        sink_blocks=sink_blocks,
-        query_start=query_start,
-        key_start=key_start,
-        key_end=key_end,
-        document_start=document_start,
-        mask=mask,
-        is_causal=is_causal,
-    )
+def _run_with(implementation: ModuleType) -> Callable[..., Tensor]:
+    """Make the op's kernel of a module that implements it."""
+
+    def run(
+        index_query: Tensor,
+        index_key: Tensor,
+        block_size: int,
+        topk: int,
+        local_blocks: int = 1,
+        sink_blocks: int = 0,
+        query_start: Tensor | None = None,
+        key_start: Tensor | None = None,
+        key_end: Tensor | None = None,
+        document_start: Tensor | None = None,
+        mask: Tensor | None = None,
+        dense_below: int = 0,
+        is_causal: bool = True,
+    ) -> Tensor:
+        if index_key.shape[2] <= dense_below:
+            # The attention op ignores the ids of a call this short. Decided here, from the size at hand: a cache that
+            # grows past the bound needs no new graph.
+            return index_query.new_full((*index_query.shape[:3], topk), -1, dtype=torch.int32)
+        return implementation.select_blocks(
+            index_query,
+            index_key,
+            block_size=block_size,
+            topk=topk,
+            local_blocks=local_blocks,
+            sink_blocks=sink_blocks,
+            query_start=query_start,
+            key_start=key_start,
+            key_end=key_end,
+            document_start=document_start,
+            mask=mask,
+            is_causal=is_causal,
+        )
+
+    return run
 
 
-_op = torch.library.custom_op("msa::select_blocks", _run_reference, mutates_args=(), device_types="cpu")
+_op = torch.library.custom_op("msa::select_blocks", _run_with(cpu), mutates_args=(), device_types="cpu")
 # The reference path, not yet a fused kernel: it runs wherever torch does.
-_op.register_kernel("cuda", _run_reference)
+_op.register_kernel("cuda", _run_with(reference))
 
 
 @_op.register_fake
