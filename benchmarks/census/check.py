@@ -20,7 +20,7 @@ from benchmarks.census.oracle import AttentionCalls, BlockOracle
 from msa_compile import MSAConfig, Report
 from msa_compile.backend import MSABackend
 from msa_compile.errors import CaptureError, NothingToSparsifyError
-from msa_compile.kernels.block_sparse_attention import reference as attend_reference
+from msa_compile.kernels.block_sparse_attention import cpu
 from msa_compile.report import build_report
 from msa_compile.runtime import tag_frames
 
@@ -241,17 +241,17 @@ def _written_out_heads(causal: Causal) -> int:
 def _ops_ran(at_least: int) -> Iterator[None]:
     """Fail unless the sparse attention op ran inside."""
     ran = 0
-    attend = attend_reference.block_sparse_attention
+    attend = cpu.block_sparse_attention
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal ran
         ran += 1
         return attend(*args, **kwargs)
 
-    attend_reference.block_sparse_attention = counted
+    cpu.block_sparse_attention = counted
     try:
         yield
     finally:
-        attend_reference.block_sparse_attention = attend
+        cpu.block_sparse_attention = attend
     if ran < at_least:
         raise AssertionError(f"the sparse op ran {ran} times, expected {at_least}")
