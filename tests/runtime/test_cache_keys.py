@@ -1,6 +1,5 @@
 """Inductor's cache on disk: one config hits what it left there, another config never does."""
 
-import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
@@ -20,9 +19,10 @@ def logits(config: MSAConfig, inner: str) -> tuple[torch.Tensor, int, int]:
     return result, counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"]
 
 
-def test_two_configs_do_not_share_compiled_code(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch._inductor.config, "fx_graph_cache", True)
-    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)  # counts apart, and in front
+# AOTAutograd's cache stands in front of Inductor's and counts apart.
+@torch._functorch.config.patch(enable_autograd_cache=False)
+@torch._inductor.config.patch(fx_graph_cache=True)
+def test_two_configs_do_not_share_compiled_code():
     few = MSAConfig(block_size=4, topk_blocks=2, dense_below=0)
     others = [
         MSAConfig(block_size=4, topk_blocks=3, dense_below=0),
