@@ -21,12 +21,13 @@ help: ## list the targets
 demo: $(STAMP) ## train a small model, make it sparse, compare; ARGS="--model NAME" takes a hub model
 	$(BIN)/python -m examples.demo $(ARGS)
 
-# One thread for each of the two workers: more would only wait for each other.
+# One thread for each of the two workers: more would only wait for each other. Each worker starts with one half of the
+# tests in order, so that a model that many tests share is compiled once.
 test: check ## check, then the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow"
 
 test-all: check ## check, then every test, the slow ones too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 census: $(STAMP) ## check every causal language model of transformers (about an hour); ARGS="llama bart" checks these
 	$(BIN)/python -m benchmarks.census $(ARGS)
