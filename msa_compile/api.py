@@ -212,7 +212,8 @@ def explain(model: nn.Module | ExportedProgram, *args: Any, config: MSAConfig | 
         records = records or door.discovery.records
         if door.backend is not None:
             counts["in our graphs"] = door.backend.dense_calls.total()
-        counts["biased masks"] = sum(biased_calls[name] for name in {row.name for r in records for row in r.sites})
+            number = door.backend.number
+            counts["biased masks"] = sum(count for (owner, _), count in biased_calls.items() if owner == number)
     if args or kwargs or not records:
         candidates = [CallInputs(args, kwargs)] if args or kwargs else candidate_inputs(model, None)
         if not candidates:

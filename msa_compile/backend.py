@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,6 +21,7 @@ from msa_compile.runtime import marker_nodes
 
 log = logging.getLogger(__name__)
 
+_numbers = itertools.count()
 INNER_COMPILERS = ("inductor", "aot_eager", "eager")
 
 
@@ -55,6 +57,7 @@ class MSABackend:
         self.expected = expected
         self.records: list[GraphRecord] = []
         self.dense_calls: Counter[str] = Counter()
+        self.number = next(_numbers)
         self._said: set[str] = set()
         if mode not in (None, "default") and inner != "inductor":
             raise UnknownOptionError(f"mode={mode!r} is a mode of Inductor; the inner compiler is {inner!r}. Drop one.")
@@ -65,7 +68,7 @@ class MSABackend:
             if self.model is not None:
                 restore_paths(gm, self.model)
             after = self.records[-1].graph_break if self.records else ""
-            result = run_passes(gm, self.config, self.windows, after=after)
+            result = run_passes(gm, self.config, self.windows, after=after, owner=self.number)
             check_strict(result.record.sites, self.config)
             self.records.append(result.record)
             compiled = self._compile(result.module, example_inputs)

@@ -224,8 +224,9 @@ def _widest_window(config: Any) -> int:
     fields = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
     widest = 0
     for name, value in fields.items():
-        if isinstance(value, int) and any(word in str(name) for word in ("window", "chunk", "local")):
-            widest = max(widest, value)
+        if any(word in str(name) for word in ("window", "chunk", "local")):
+            numbers = value if isinstance(value, (list, tuple)) else [value]
+            widest = max([widest, *(number for number in numbers if isinstance(number, int))])
         elif isinstance(value, Mapping) or hasattr(value, "to_dict"):
             widest = max(widest, _widest_window(value))
     return widest

@@ -365,11 +365,15 @@ def cache_dir() -> Path:
     named = os.environ.get(CACHE_VARIABLE)
     if named:
         return Path(named)
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without a home, as in many containers
+        return Path(tempfile.gettempdir()) / "msa_compile"
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "msa_compile"
+        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "msa_compile"
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "msa_compile"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msa_compile"
+        return home / "Library" / "Caches" / "msa_compile"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "msa_compile"
 
 
 def _path(key: dict[str, Any]) -> Path:

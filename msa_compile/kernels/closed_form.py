@@ -9,6 +9,9 @@ from torch import Tensor
 
 from msa_compile.kernels.visibility import find_visibility
 
+# Queries whose part of a mask is looked at together: a mask that has no bounds shows it soon.
+_CHUNK = 256
+
 
 def find_closed_form(
     *,
@@ -40,7 +43,7 @@ def find_closed_form(
     }
     if mask is None and is_causal:
         return given
-    if query_length == 0 or key_length == 0 or (mask is not None and mask.shape[1] != 1):
+    if query_length == 0 or key_length == 0 or (mask is not None and mask.shape[1:4:2] != (1, key_length)):
         return None
     seen = find_visibility(
         query_length=query_length,
@@ -54,13 +57,11 @@ def find_closed_form(
     )
     first, stop, is_empty = seen.first, seen.stop, seen.stop <= seen.first
     if mask is not None:
-        shown = mask[:, 0].expand(-1, -1, key_length).contiguous()
-        counts, starts = shown.sum(-1, dtype=torch.int32), shown.view(torch.uint8).argmax(-1)
-        stops = key_length - shown.flip(-1).view(torch.uint8).argmax(-1)
-        if not bool(((counts == stops - starts) | (counts == 0)).all()):
+        runs = _find_runs(mask[:, 0])
+        if runs is None:
             return None
-        first, stop = torch.maximum(first, starts), torch.minimum(stop, stops)
-        is_empty = is_empty | (counts == 0) | (stop <= first)
+        first, stop = torch.maximum(first, runs[0]), torch.minimum(stop, runs[1])
+        is_empty = is_empty | (stop <= first)
     end = torch.where(is_empty, 0, stop).amax(-1)
     by_bounds = torch.minimum(seen.position + 1, end[:, None])
     if not bool((is_empty | ((first == seen.anchor) & (stop == by_bounds))).all()):
@@ -72,3 +73,25 @@ def find_closed_form(
         given["document_start"] = anchors.expand(batch, query_length)
     given["key_end"] = end.expand(batch)
     return given
+
+
+def _find_runs(shown: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the first and one past the last key that each query is shown, if all between are shown too.
+
+    Args:
+        shown: bool `[B|1, Tq|1, Tk|1]`.
+
+    Returns:
+        int64 `[B|1, Tq|1]`, both 0 for a query that is shown nothing; or None.
+    """
+    starts, stops = [], []
+    for rows in shown.split(_CHUNK, dim=1):
+        rows = rows.contiguous()
+        start = rows.view(torch.uint8).argmax(-1)
+        count = rows.sum(-1, dtype=torch.int32)
+        stop = torch.where(count == 0, 0, rows.shape[-1] - rows.flip(-1).view(torch.uint8).argmax(-1))
+        if not bool((count == stop - start).all()):
+            return None
+        starts.append(start)
+        stops.append(stop)
+    return torch.cat(starts, 1), torch.cat(stops, 1)

@@ -18,11 +18,12 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
         call()
         return time.perf_counter() - started
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    begin.record()
-    call()
-    end.record()
-    torch.cuda.synchronize(device)
+    with torch.cuda.device(device):  # events belong to the current device's stream
+        torch.cuda.synchronize()
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
     return begin.elapsed_time(end) / 1e3
 
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from msa_compile import _compat
 from msa_compile.errors import CaptureError
 from msa_compile.passes.flatten_vmap import flatten_vmap
-from msa_compile.passes.graph_facts import OWNED, is_op, tensor_value
+from msa_compile.passes.graph_facts import OWNED, TRAINED, is_op, tensor_value
 from msa_compile.passes.keep_subclasses import Kept, holds_subclass, must_keep, unkept
 from msa_compile.passes.spell_block_masks import spell_block_masks
 
@@ -60,12 +60,15 @@ def canonicalize(gm: GraphModule) -> GraphModule:
     spell_block_masks(traced, fake_mode)
     traced.meta.update(gm.meta)
     _copy_sources(gm, traced)
-    for old, new in zip(placeholders, [n for n in traced.graph.nodes if n.op == "placeholder"], strict=True):
+    traced_placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    for old, new, given in zip(placeholders, traced_placeholders, inputs, strict=True):
         # AOTAutograd reads sources and static-address marks from here.
         new.meta = {
             **old.meta,
             "val": new.meta.get("val", old.meta.get("example_value")),
             OWNED: _compat.is_kept_by_module(getattr(old, "_dynamo_source", None)),
+            # The value in the trace is a detached one.
+            TRAINED: isinstance(given, torch.Tensor) and given.requires_grad,
         }
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source

@@ -12,6 +12,7 @@ from msa_compile._compat import OpOverload
 
 # Metadata of a placeholder, written by both captures: whether the model keeps it as a parameter or buffer.
 OWNED = "msa_owned"
+TRAINED = "msa_trained"
 
 
 class GraphFacts:
@@ -111,6 +112,12 @@ def tensor_value(node: object) -> torch.Tensor | None:
 def is_owned(node: Node) -> bool:
     """Whether an input is a parameter or buffer of the model."""
     return bool(node.meta.get(OWNED, False))
+
+
+def is_trained(node: Node) -> bool:
+    """Whether gradients are asked for an input."""
+    value = tensor_value(node)
+    return bool(node.meta.get(TRAINED, False)) or (value is not None and value.requires_grad)
 
 
 def is_op(node: object, *ops: object) -> bool:

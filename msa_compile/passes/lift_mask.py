@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from msa_compile.passes.attention import Attention, Heads, MaskTerm, Refused
-from msa_compile.passes.graph_facts import GraphFacts, is_op, is_owned, tensor_value
+from msa_compile.passes.graph_facts import GraphFacts, is_op, is_owned, is_trained, tensor_value
 from msa_compile.passes.replay import expression, is_runnable
 from msa_compile.records import Reason
 
@@ -123,12 +123,12 @@ def _is_head_broadcast(node: Node) -> bool:
 
 
 def _is_handed_in_mask(leaf: Node, term: Node) -> bool:
-    """Whether a float input is the additive mask itself, sliced at most, and no parameter or buffer of the model.
+    """Whether a float input is the additive mask itself, sliced at most, and nothing that is trained or kept.
 
     Its values are checked when they arrive (``msa::visible``).
     """
     value = tensor_value(leaf)
-    if value is None or value.dim() < 2 or is_owned(leaf) or value.requires_grad:
+    if value is None or value.dim() < 2 or is_owned(leaf) or is_trained(leaf):
         return False
     node = term
     while node is not leaf:

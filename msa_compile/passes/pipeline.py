@@ -40,6 +40,7 @@ def run_passes(
     *,
     after: str = "",
     rewrite: bool = True,
+    owner: int = 0,
 ) -> PassResult:
     """Canonicalize a captured graph, find its attention, and make it sparse.
 
@@ -49,6 +50,7 @@ def run_passes(
         windows: Sliding windows known of sites, shared between the graphs of one model.
         after: The graph break that this graph comes after, ``GraphRecord.graph_break`` of the one before.
         rewrite: Whether to rewrite, or only to report; then nothing is measured either.
+        owner: Number of the compiled model, under which calls that turn out dense at run time are counted.
 
     Raises:
         CaptureError: If the graph cannot be brought into the canonical form.
@@ -62,7 +64,7 @@ def run_passes(
     traced = time.perf_counter()
     sites: list[Site] = []
     for body in _bodies(canonical):
-        sites += _run_on_body(body, config, windows, rewrite=rewrite)
+        sites += _run_on_body(body, config, windows, owner if rewrite else None)
     verify_graph(canonical, gm)
     broken = _break_of(gm)
     record = GraphRecord(
@@ -83,13 +85,13 @@ def run_passes(
     return PassResult(canonical, record)
 
 
-def _run_on_body(body: GraphModule, config: MSAConfig, windows: dict[str, int], *, rewrite: bool) -> list[Site]:
-    plans = plan_sites(detect_attention(body.graph), config, windows, measure=rewrite)
+def _run_on_body(body: GraphModule, config: MSAConfig, windows: dict[str, int], owner: int | None) -> list[Site]:
+    plans = plan_sites(detect_attention(body.graph), config, windows, measure=owner is not None)
     for found, site in plans:
-        if rewrite and site.decision == "sparse":
+        if owner is not None and site.decision == "sparse":
             assert found.proved is not None, "a sparse site is proved"
             assert site.dense_below is not None, "a sparse site has its dense threshold"
-            rewrite_attention(body.graph, found.proved, site.name, config, site.dense_below.keys)
+            rewrite_attention(body.graph, found.proved, site.name, config, site.dense_below.keys, owner)
     sites = [site for _, site in plans]
     _erase_markers(body, {site.name.split(":")[0] for site in sites})
     eliminate_dead_code(body.graph)

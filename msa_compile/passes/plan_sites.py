@@ -1,4 +1,4 @@
-"""Decide for each attention that was found: sparse, or dense with a reason. Sees no graph and no tensor."""
+"""Decide for each attention that was found: sparse, from which length on, or dense with a reason."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def prove_mask(facts: GraphFacts, attention: Attention, query: Heads, key: Heads
         key: Its un-repeated keys.
 
     Raises:
-        Refused: If later keys are visible, the mask is a bias, comes from activations, or differs between heads.
+        Refused: If later keys than a prefix of the row are visible, the mask is a bias, comes from activations, or differs between heads.
     """
     query_length, key_length = query.length, key.length
     if not attention.mask:
@@ -111,10 +111,9 @@ def _compare(
 ) -> MaskProof:
     """What all runs agree on; ``bound`` is the longest ``Tk`` that the graph's own guards allow."""
     plain = [run for run in runs if not run.padded]
-    if any((run.visible & ~run.causal()).any() for run in plain) and not lifted.offsets:
-        if not _is_prefix(plain):
-            raise Refused(Reason.NOT_CAUSAL, "a query sees later keys")
-        return MaskProof("given", detail="causal, with a prefix that every query sees; applied as it is")
+    sees_later = any((run.visible & ~run.causal()).any() for run in plain) and not lifted.offsets
+    if sees_later and not _is_prefix(plain):
+        raise Refused(Reason.NOT_CAUSAL, "a query sees later keys")
     largest = max(run.visible.shape[-1] for run in runs)
     # A mask may still change at a constant beyond every size that was run, unless the graph never gets there.
     covered = all(constant < largest or (bound is not None and constant >= bound) for constant in constants)
@@ -129,7 +128,9 @@ def _compare(
     if window is not None:
         return MaskProof("window", window=window, detail=f"each query sees the last {window} keys")
     if not covered:
-        return MaskProof("given", detail=f"mask has a constant beyond the sizes it was run at ({constants[-1]})")
+        detail = f"mask has a constant beyond the sizes it was run at ({constants[-1]})"
+        # What is added there is looked at when it is there.
+        return MaskProof("given", detail=detail, is_handed_in=any(term.kind == "additive" for term in terms))
     if lifted.offsets:
         return MaskProof("given", detail="mask follows the cache position; applied as it is")
     if all(bool((run.visible == run.causal()).all()) for run in plain):

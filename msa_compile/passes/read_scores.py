@@ -7,6 +7,7 @@ import operator
 import torch
 from torch.fx import Node
 
+from msa_compile.kernels.given_mask.op import HIDDEN
 from msa_compile.passes.attention import MaskTerm, Refused
 from msa_compile.passes.graph_facts import GraphFacts, argument, is_noop, is_op, tensor_value
 from msa_compile.passes.read_mask import mask_term
@@ -26,7 +27,6 @@ ELEMENTWISE = (
 )  # fmt: skip
 _MIXING = (aten.linear, aten.addmm, aten.mm, aten.conv1d, aten.conv2d, aten.softmax, aten.scaled_dot_product_attention)
 MOVES = (*RESHAPE, aten.permute, aten.transpose, aten.unsqueeze, aten.squeeze, aten.expand)
-HIDDEN = -1e4  # a score at or below this is masked: eager masks use finfo.min, -inf, -1e9 or -1e4
 
 
 class ScoreReader:

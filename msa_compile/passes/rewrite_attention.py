@@ -19,7 +19,7 @@ from msa_compile.passes.graph_facts import tensor_value
 aten = torch.ops.aten
 
 
-def rewrite_attention(graph: Graph, proved: Proved, name: str, config: MSAConfig, dense_below: int) -> None:
+def rewrite_attention(graph: Graph, proved: Proved, name: str, config: MSAConfig, dense_below: int, owner: int) -> None:
     """Replace one proved attention in ``graph`` by the MSA ops; the old nodes stay, without users.
 
     Args:
@@ -28,6 +28,7 @@ def rewrite_attention(graph: Graph, proved: Proved, name: str, config: MSAConfig
         name: Site name, for errors at run time.
         config: Block size and budget, which become arguments of the ops and so part of every compile-cache key.
         dense_below: Calls with at most this many keys run dense; an argument of the ops too.
+        owner: Number of the compiled model.
     """
     attention = proved.attention
     emit = _Emitter(graph, attention.output)
@@ -60,7 +61,7 @@ def rewrite_attention(graph: Graph, proved: Proved, name: str, config: MSAConfig
         settings = {"scale": attention.scale, "softcap": attention.softcap, "sinks": sinks}
         out = emit(
             torch.ops.msa.exact_where_biased.default,
-            *(out, query, key, value, bias.added, shared["mask"], bias.found, name),
+            *(out, query, key, value, bias.added, shared["mask"], bias.found, name, owner),
             **settings,
         )
     out = emit.arranged(out, proved.output)

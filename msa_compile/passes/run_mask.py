@@ -8,10 +8,10 @@ from typing import cast
 import torch
 from torch.fx import Node
 
+from msa_compile.kernels.given_mask.op import HIDDEN
 from msa_compile.passes.attention import Attention, MaskTerm, Refused
 from msa_compile.passes.graph_facts import GraphFacts, tensor_value
 from msa_compile.passes.lift_mask import LiftedMask
-from msa_compile.passes.read_scores import HIDDEN
 from msa_compile.passes.replay import Sizes, concrete, replay
 from msa_compile.records import Reason
 

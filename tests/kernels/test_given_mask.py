@@ -104,8 +104,29 @@ def test_a_bidirectional_prefix_does_not_move_the_queries(prefix, offset):
 def test_a_call_that_is_all_prefix_stands_where_its_last_query_does():
     everything = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool)
     assert mask_positions(everything, query(1))[0].tolist() == [0]
-    in_a_static_cache = torch.arange(40) < LENGTH
-    assert mask_positions(in_a_static_cache.expand(1, 1, LENGTH, 40), query(1))[0].tolist() == [0]
+
+
+@pytest.mark.parametrize("keys", [9, 40])
+def test_one_real_query_before_padding_stands_at_its_slot(keys):
+    # Slots 5 .. 8, of which only 5 is real; the cache grows, or is longer than what it holds.
+    mask = ((torch.arange(keys) <= torch.arange(5, 9)[:, None]) & (torch.arange(keys) < 6))[None, None]
+    assert mask_positions(mask, query(1, 4))[0].tolist() == [5]
+
+
+@pytest.mark.parametrize("chunk", [2, 4, 8])
+def test_chunks_of_a_right_padded_row_are_the_prefill(chunk):
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(1, heads, 40, 8, generator=generator) for heads in (4, 2, 2))
+    mask = (causal(40, 40) & (torch.arange(40) < 33))[None, None]
+    budget = {"block_size": 4, "topk_blocks": 3}
+    once = msa_compile.attention(q, k, v, mask, **budget)
+    for start in range(0, 40, chunk):
+        queries, keys = slice(start, start + chunk), slice(0, start + chunk)
+        part = msa_compile.attention(
+            q[:, :, queries], k[:, :, keys], v[:, :, keys], mask[:, :, queries, keys], **budget
+        )
+        real = slice(0, max(0, min(chunk, 33 - start)))
+        torch.testing.assert_close(part[:, :, real], once[:, :, queries][:, :, real])
 
 
 def test_a_prefix_with_padding_keeps_the_position():
@@ -175,7 +196,7 @@ def test_a_bias_gives_exact_attention_and_its_gradients(sinks, softcap, workspac
     q, k, v, grad, sparse, added, options = biased_case(sinks=sinks, softcap=softcap)
     mask, is_bias = visible(added)
     given = [tensor.requires_grad_() for tensor in (q, k, v, sparse, *([options["sinks"]] if sinks else []))]
-    output = exact_where_biased(sparse, q, k, v, added, mask, is_bias, "site", 0.4, **options)
+    output = exact_where_biased(sparse, q, k, v, added, mask, is_bias, "site", 0, 0.4, **options)
     expected = exactly(q, k, v, added, 0.4, **options)
     torch.testing.assert_close(output, expected)
     assert bool((output[0, :, 3] == 0).all()), "sees nothing"
@@ -191,7 +212,7 @@ def test_a_mask_that_only_hides_keeps_the_sparse_result():
     mask, is_bias = visible(torch.where(added > -math.inf, 0.0, -math.inf))
     for tensor in (q, k, v, sparse):
         tensor.requires_grad_()
-    output = exact_where_biased(sparse, q, k, v, added, mask, is_bias, "site", 0.4)
+    output = exact_where_biased(sparse, q, k, v, added, mask, is_bias, "site", 0, 0.4)
     assert torch.equal(output, sparse)
     got = torch.autograd.grad(output, [sparse, q, k, v], grad)
     assert torch.equal(got[0], grad)
@@ -200,14 +221,14 @@ def test_a_mask_that_only_hides_keeps_the_sparse_result():
 
 def test_a_biased_call_is_said_once_and_counted(caplog):
     q, k, v, _, sparse, added, _ = biased_case(sinks=False, softcap=None)
-    biased_calls.pop("layers.7", None)
+    biased_calls.clear()
     with caplog.at_level(logging.WARNING, "msa_compile"):
-        for _ in range(3):
-            exact_where_biased(sparse, q, k, v, added, *visible(added), "layers.7", 0.4)
-    assert len(caplog.records) == 1
+        for owner in (1, 1, 2, 1):
+            exact_where_biased(sparse, q, k, v, added, *visible(added), "layers.7", owner, 0.4)
+    assert len(caplog.records) == 2, "once for each model"
     assert "layers.7 ran DENSE" in caplog.text
     assert "bias" in caplog.text
-    assert biased_calls["layers.7"] == 3
+    assert biased_calls == {(1, "layers.7"): 3, (2, "layers.7"): 1}
 
 
 @pytest.mark.parametrize("op", ["visible", "mask_positions", "exact_where_biased"])
@@ -220,5 +241,5 @@ def test_opcheck(op):
     else:
         q, k, v, _, sparse, added, options = biased_case(sinks=True, softcap=1.5)
         given = [tensor.requires_grad_() for tensor in (sparse, q, k, v)]
-        arguments = (*given, added, *visible(added), "site", 0.4, 1.5, options["sinks"].requires_grad_())
+        arguments = (*given, added, *visible(added), "site", 0, 0.4, 1.5, options["sinks"].requires_grad_())
         torch.library.opcheck(torch.ops.msa.exact_where_biased.default, arguments)

@@ -169,6 +169,34 @@ def test_a_handed_in_bias_is_attended_to_exactly_and_said(sparse_calls, caplog):
     assert "bias" in caplog.text
 
 
+def test_a_handed_in_bias_that_is_trained_is_refused(sparse_calls):
+    function = attend(lambda x, m: m)
+    fast, x = sparse(function), tokens(2, 12)
+    hidden = torch.where(causal(x), 0.0, -math.inf)[None, None]
+    torch.testing.assert_close(fast(x, hidden), function(x, hidden))
+    assert sparse_calls
+    grads = []
+    for call in (fast, function):
+        bias = hidden.clone().requires_grad_()
+        call(x, bias).square().sum().backward()
+        grads.append(bias.grad)
+    torch.testing.assert_close(*grads)
+    assert len(sparse_calls) == 1
+
+
+def test_a_bias_at_lengths_that_are_not_run_is_not_lost_behind_a_prefix():
+    def make(x):
+        seen = causal(x) | (torch.arange(x.shape[1]) < 4)
+        return torch.where(seen & (behind(x) * behind(x) > 90000), -1.0, torch.where(seen, 0.0, -math.inf))
+
+    function = attend(make)
+    fast = sparse(function, topk_blocks=200)
+    for length in (64, 70, 500):
+        x = tokens(1, length)
+        mark_dynamic(x)
+        torch.testing.assert_close(fast(x), function(x), atol=1e-5, rtol=1e-5)
+
+
 def test_two_handed_in_masks_are_added_up():
     wq, wk, wv = weights()
 

@@ -27,8 +27,9 @@ from msa_compile.kernels.threads import Scratch, run_all
 
 # Up to this many queries, each gathers its own blocks.
 _FEW_QUERIES = 16
-# Elements of the results of pieces that a task holds until it merges them.
+# Elements of the results of pieces that a task holds until it merges them, and that all tasks together do.
 _WORKSPACE = 1 << 25
+_WORKSPACE_OF_ALL = 1 << 26
 # Queries that a task should have, in rows a block: fewer make products too thin, more only take memory.
 _ROWS_A_BLOCK = 2048
 
@@ -83,6 +84,8 @@ def block_sparse_attention(
             mask=mask,
             is_causal=is_causal,
         )
+    if query.numel() == 0:
+        return query.new_zeros(query.shape)
     groups, topk = key.shape[1], block_ids.shape[-1]
     heads_a_group = heads // groups
     scale = head_dim**-0.5 if scale is None else scale
@@ -105,7 +108,7 @@ def block_sparse_attention(
     scratch = Scratch()
     tasks: list[Callable[[], None]] = []
     for segment in segments:
-        step = _step(segment, heads_a_group * topk, head_dim, block_size)
+        step = _step(segment, heads_a_group * topk, head_dim, block_size, torch.get_num_threads())
         slots = slice(segment.anchor, segment.anchor + segment.length)
         for start in range(segment.start, segment.end, step):
             end = min(start + step, segment.end)
@@ -200,6 +203,7 @@ def block_sparse_attention_backward(
     )
     grad_sinks = torch.zeros(batch, heads, dtype=torch.float32, device=query.device)
     scratch = Scratch()
+    threads = torch.get_num_threads()  # a worker has one
 
     def differentiate_group(row: int, group: int) -> None:
         of_group = slice(group * heads_a_group, (group + 1) * heads_a_group)
@@ -221,7 +225,7 @@ def block_sparse_attention_backward(
                     grad_sinks[row, of_group],
                 ),
                 position=segment.position,
-                step=_step(segment, heads_a_group * block_ids.shape[-1], head_dim, block_size),
+                step=_step(segment, heads_a_group * block_ids.shape[-1], head_dim, block_size, threads),
                 softmax=softmax,
                 scratch=scratch,
             )
@@ -236,10 +240,11 @@ def block_sparse_attention_backward(
     )
 
 
-def _step(segment: Segment, rows_a_query: int, head_dim: int, block_size: int) -> int:
+def _step(segment: Segment, rows_a_query: int, head_dim: int, block_size: int, threads: int) -> int:
     """Return how many queries of a segment to take at once; `rows_a_query` is `G * topk`."""
     blocks = -(-segment.length // block_size)
-    return max(1, min(_ROWS_A_BLOCK * blocks // rows_a_query, _WORKSPACE // (rows_a_query * head_dim)))
+    workspace = min(_WORKSPACE, _WORKSPACE_OF_ALL // threads)
+    return max(1, min(_ROWS_A_BLOCK * blocks // rows_a_query, workspace // (rows_a_query * head_dim)))
 
 
 def _is_finite(segment: Segment, of_queries: tuple[Tensor, Tensor], of_keys: tuple[Tensor, Tensor]) -> bool:

@@ -27,7 +27,8 @@ def attend_densely(
     is_causal: bool,
 ) -> Tensor:
     """Attend to every visible token; arguments and result as in `op.py`, block ids left out."""
-    if softcap is not None or sinks is not None:
+    # SDPA gives NaN for what is masked where the scale is not positive.
+    if softcap is not None or sinks is not None or (scale is not None and scale <= 0):
         return reference.dense_attention(
             query,
             key,

@@ -8,6 +8,7 @@ bias, and the site says so.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -19,8 +20,9 @@ from msa_compile.kernels.autocast import register_autocast
 
 log = logging.getLogger(__name__)
 
-# Calls of this process that were dense because of a bias, by site: for the report.
-biased_calls: Counter[str] = Counter()
+# Calls of this process that were dense because of a bias, by compiled model and site: for the report.
+biased_calls: Counter[tuple[int, str]] = Counter()
+_lock = threading.Lock()
 
 # Logits held at once, in elements; a chunk of queries is sized to it.
 _WORKSPACE = 1 << 22
@@ -35,6 +37,7 @@ def _run(
     mask: Tensor,
     is_bias: Tensor,
     site: str,
+    owner: int,
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -50,6 +53,7 @@ def _run(
         mask: bool, broadcastable to `[B, 1, Tq, Tk]`, True where a key is seen.
         is_bias: bool `[]`.
         site: name of the attention site, for the log and the report.
+        owner: number of the compiled model, whose names these are.
         scale: factor of the logits.
         softcap: bound of the logits before the bias.
         sinks: `[Hq]`, one more logit a head.
@@ -59,8 +63,10 @@ def _run(
     """
     if not bool(is_bias):
         return sparse.clone(memory_format=torch.contiguous_format)
-    biased_calls[site] += 1
-    if biased_calls[site] == 1:
+    with _lock:
+        biased_calls[owner, site] += 1
+        is_first = biased_calls[owner, site] == 1
+    if is_first:
         log.warning(
             "%s ran DENSE: the additive attention mask of this call holds values that are neither 0 (seen) nor -1e4 or "
             "less (hidden). That is a bias, which sparse attention would drop, so attention was computed exactly. "
@@ -184,7 +190,7 @@ def _fake_backward(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, query, key, value, bias, mask, is_bias, _, *ctx.constants, sinks = inputs
+    _, query, key, value, bias, mask, is_bias, _, _, *ctx.constants, sinks = inputs
     ctx.has_sinks = sinks is not None
     ctx.save_for_backward(query, key, value, bias, mask, is_bias, *([sinks] if ctx.has_sinks else []))
 
@@ -194,7 +200,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     sparse, of_query, of_key, of_value, of_sinks = torch.ops.msa.exact_where_biased_backward(
         grad, query, key, value, bias, mask, is_bias, *ctx.constants, *sinks
     )
-    nothing = (None,) * 6
+    nothing = (None,) * 7
     return sparse, of_query, of_key, of_value, *nothing, of_sinks if ctx.has_sinks else None
 
 

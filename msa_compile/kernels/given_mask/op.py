@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# What is added at a masked score, or less: eager masks use finfo.min, -inf, -1e9 or -1e4.
 HIDDEN = -1e4
 
 
@@ -40,10 +41,11 @@ def mask_positions(mask: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
     With ``last_i`` the last key that query ``i`` sees, the first query stands at ``last_i - i``, the same for two
     neighbours ``i`` where the mask is causal: queries of a bidirectional prefix see further than where they stand, and
-    padded ones at the end less far, but then neighbours differ. Where the whole call is a prefix no two agree, and the
-    least one counts, the last query's. The content of a row starts at the first key that any of its queries sees; the
-    document of a query (packed documents, chunks) at the first key that it sees itself. The latter hangs on the query's
-    own row of the mask alone, so that a decode step anchors its blocks where a prefill does.
+    padded ones at the end less far, but then neighbours differ. Where no two agree, the keys end where the queries do
+    if that fits; otherwise (a cache longer than what it holds) one real query with padding behind it is assumed, and
+    not a call that is all prefix, whose mask is the same. The content of a row starts at the first key that any of its
+    queries sees; the document of a query (packed documents, chunks) at the first key that it sees itself. The latter
+    hangs on the query's own row of the mask alone, so that a decode step anchors its blocks where a prefill does.
 
     Args:
         mask: bool ``[B or 1, heads, Tq or 1, Tk]``, true where a key is seen.
@@ -61,8 +63,8 @@ def mask_positions(mask: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]
     counts = seen.any(-1) & (start <= length - rows)
     follows = counts[:, 1:] & counts[:, :-1] & (start[:, 1:] == start[:, :-1])
     lowest, highest = torch.where(counts, start, length).amin(-1), torch.where(counts, start, 0).amax(-1)
-    # Padded queries at the end of a row would put its first one before the keys.
-    alone = torch.where((lowest < 0) | (lowest == length), highest, lowest)
+    at_end = length - rows
+    alone = torch.where((lowest <= at_end) & (at_end <= highest), at_end, highest)
     query_start = torch.where(follows, start[:, 1:], -1).amax(-1) if rows > 1 else alone.new_full(alone.shape, -1)
     query_start = torch.where(query_start < 0, alone, query_start)
     key_start = seen.any(-2).int().argmax(-1)
