@@ -33,7 +33,8 @@ def prove_mask(facts: GraphFacts, attention: Attention, query: Heads, key: Heads
         key: Its un-repeated keys.
 
     Raises:
-        Refused: If later keys than a prefix of the row are visible, the mask is a bias, comes from activations, or differs between heads.
+        Refused: If later keys than a prefix of the row are visible, the mask is a bias, comes from activations, or
+            differs between heads.
     """
     query_length, key_length = query.length, key.length
     if not attention.mask:
