@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rooflines: dict[str, Roofline] = {}
     models: list[dict[str, Any]] = []
     before = torch.get_num_threads()
+    written: list[Path] = []
     try:
         for threads in options.threads:
             torch.set_num_threads(threads)
@@ -54,10 +55,25 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for heads in options.heads:
                     setting = Setting(heads[0], heads[1], heads[2], dtype, device, threads)
                     rows += _run_kernels(setting, roofline, options)
+                    # Written as they come: what fails later takes nothing with it.
+                    written = _write(rows, rooflines, models, options)
                 if END_TO_END in options.cases:
                     models.append(_run_end_to_end(dtype, device, threads, options))
+                    written = _write(rows, rooflines, models, options)
     finally:
         torch.set_num_threads(before)
+    for path in written:
+        print(f"wrote {path}")
+    red = [row for row in rows if not row.is_green]
+    for row in red:
+        print(f"{row.case} {row.heads} {row.dtype} {row.length}: {row.gate}", file=sys.stderr)
+    return 1 if red else 0
+
+
+def _write(
+    rows: list[Row], rooflines: dict[str, Roofline], models: list[dict[str, Any]], options: argparse.Namespace
+) -> list[Path]:
+    device = torch.device(options.device)
     machine = Machine(
         device=cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
         kind=device.type,
@@ -66,13 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         msa_compile=msa_compile.__version__,
         kernels=kernels_version(),
     )
-    results = Results(machine, (datetime.date.today().isoformat(),), tuple(rows), rooflines, tuple(models))
-    for path in write_results(results, options.out, options.name or device.type):
-        print(f"wrote {path}")
-    red = [row for row in rows if not row.is_green]
-    for row in red:
-        print(f"{row.case} {row.heads} {row.dtype} {row.length}: {row.gate}", file=sys.stderr)
-    return 1 if red else 0
+    results = Results(machine, (datetime.date.today().isoformat(),), tuple(rows), dict(rooflines), tuple(models))
+    return write_results(results, options.out, options.name or device.type)
 
 
 def _run_kernels(setting: Setting, roofline: Roofline, options: argparse.Namespace) -> list[Row]:

@@ -22,6 +22,7 @@ from msa_compile.bench.memory import peak_above
 from msa_compile.bench.spread import Spread, take_rounds
 from msa_compile.bench.subject import Subject, build_subject, size_of
 from msa_compile.errors import BenchArgumentError
+from msa_compile.kernels.break_even import CACHE_VARIABLE
 from msa_compile.kernels.stopwatch import seconds_of
 from msa_compile.records import Site
 from msa_compile.runtime import mark_dynamic
@@ -347,7 +348,12 @@ def compile_times(request: Request, name: str, say: Callable[[str], None]) -> Co
     command = [sys.executable, "-m", "msa_compile.bench", *to_arguments(request), "--first-calls", name]
     taken = []
     with tempfile.TemporaryDirectory(prefix="msa_bench_", ignore_cleanup_errors=True) as folder:
-        caches = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
+        # The break-even is measured anew in the first, as in a user's first process.
+        caches = {
+            "TORCHINDUCTOR_CACHE_DIR": folder,
+            "TRITON_CACHE_DIR": f"{folder}/triton",
+            CACHE_VARIABLE: f"{folder}/msa_compile",
+        }
         for state in ("cold", "warm"):
             say(f"compiling the {name} model, {state}")
             done = subprocess.run(command, env={**os.environ, **caches}, stdout=subprocess.PIPE, text=True)
