@@ -7,7 +7,6 @@ a user meets it.
 from __future__ import annotations
 
 import inspect
-import platform
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -70,7 +69,6 @@ __all__ = [
     "lookup_backend",
     "make_fx",
     "maybe_current_level",
-    "multiply_rows",
     "restore_paths",
     "set_grad_enabled",
     "tag_activation_checkpoint",
@@ -241,32 +239,6 @@ def _frame_prefixes(gm: GraphModule, model: torch.nn.Module) -> dict[str, str]:
         fits = {path[: len(path) - len(tail)].rstrip(".") for path in paths[id(value)] if _ends_with(path, tail)}
         candidates[found[1]] = candidates.get(found[1], fits) & fits
     return {local: min(fits, key=len) for local, fits in candidates.items() if fits}
-
-
-def multiply_rows(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Return ``rows @ columns.T`` for float32 matrices on a CPU.
-
-    Where torch has oneDNN it does the product: ``torch.mm`` asks MKL, which on AMD runs at half that rate.
-
-    Args:
-        rows: ``[M, K]`` float32.
-        columns: ``[N, K]`` float32, of any strides.
-
-    Returns:
-        ``[M, N]`` float32, contiguous.
-    """
-    if not _HAS_ONEDNN_LINEAR:
-        return torch.mm(rows, columns.t())
-    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, columns, None, "none", [], "")
-    return product
-
-
-# On x86 alone: elsewhere oneDNN is a wrapper of other libraries, and nothing was measured.
-_HAS_ONEDNN_LINEAR = (
-    platform.machine() in ("x86_64", "AMD64")
-    and torch.backends.mkldnn.is_available()
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-)
 
 
 def _ends_with(path: str, tail: str) -> bool:

@@ -12,10 +12,11 @@ import torch
 def no_timing(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """No decision of a test depends on a clock: every break-even is the budget, kept in a folder of the test's own."""
     from msa_compile.kernels import break_even
+    from msa_compile.kernels.cache_dir import CACHE_VARIABLE
 
     # Made when something is written there, which few tests do.
     folder = tmp_path_factory.getbasetemp() / "break_even" / uuid.uuid4().hex
-    monkeypatch.setenv(break_even.CACHE_VARIABLE, str(folder))
+    monkeypatch.setenv(CACHE_VARIABLE, str(folder))
     measured = "a number that the tests set"
     monkeypatch.setattr(break_even, "measure", lambda shape: break_even.BreakEven(shape.budget, "measured", measured))
     break_even.forget()

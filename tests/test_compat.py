@@ -2,7 +2,6 @@
 
 import copy
 import operator
-import platform
 
 import pytest
 import torch
@@ -263,20 +262,3 @@ def test_training_of_a_subclass_is_told_from_everything_else():
     with torch.no_grad():
         assert not _compat.trains_subclasses(model)
     assert not _compat.trains_subclasses(model.requires_grad_(False))
-
-
-@pytest.mark.parametrize("rows", [1, 7, 300])
-def test_rows_are_multiplied_whatever_the_strides(rows):
-    left, right = torch.randn(rows, 24), torch.randn(16, 24)
-    expected = (left.double() @ right.double().T).float()
-    for one, other in ((left, right), (left.T.contiguous().T, right), (left, right.T.contiguous().T)):
-        product = _compat.multiply_rows(one, other)
-        assert product.is_contiguous()
-        torch.testing.assert_close(product, expected)
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN is asked on x86 alone")
-def test_onednn_multiplies_rows():
-    # Without it the product is right too, at half the rate.
-    assert _compat._HAS_ONEDNN_LINEAR

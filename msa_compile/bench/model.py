@@ -22,7 +22,7 @@ from msa_compile.bench.memory import peak_above
 from msa_compile.bench.spread import Spread, take_rounds
 from msa_compile.bench.subject import Subject, build_subject, size_of
 from msa_compile.errors import BenchArgumentError
-from msa_compile.kernels.break_even import CACHE_VARIABLE
+from msa_compile.kernels.cache_dir import CACHE_VARIABLE
 from msa_compile.kernels.stopwatch import seconds_of
 from msa_compile.records import Site
 from msa_compile.runtime import mark_dynamic

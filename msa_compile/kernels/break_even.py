@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -24,12 +23,12 @@ import torch
 from torch.nn import functional as F
 
 from msa_compile.kernels.block_sparse_attention import block_sparse_attention
+from msa_compile.kernels.cache_dir import CACHE_VARIABLE, cache_dir
 from msa_compile.kernels.select_blocks import select_blocks
 from msa_compile.kernels.stopwatch import interleaved_seconds, seconds_of
 
 log = logging.getLogger(__name__)
 
-CACHE_VARIABLE = "MSA_COMPILE_CACHE"
 # Seconds that a measurement may take; a single step that was not foreseen can overrun it.
 TIME_LIMIT = 2.5
 # Seconds after which a measurement is given up.
@@ -355,25 +354,10 @@ def cpu_name() -> str:
 def kernels_version() -> str:
     """A hash of the sources of the ops: another implementation has another break-even."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    for path in sorted(Path(__file__).parent.rglob("*")):
+        if path.suffix in (".py", ".h", ".cpp"):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def cache_dir() -> Path:
-    """Where break-evens are kept: ``$MSA_COMPILE_CACHE``, or ``msa_compile`` in the user's cache folder."""
-    named = os.environ.get(CACHE_VARIABLE)
-    if named:
-        return Path(named)
-    try:
-        home = Path.home()
-    except RuntimeError:  # a user without a home, as in many containers
-        return Path(tempfile.gettempdir()) / "msa_compile"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "msa_compile"
-    if sys.platform == "darwin":
-        return home / "Library" / "Caches" / "msa_compile"
-    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "msa_compile"
 
 
 def _path(key: dict[str, Any]) -> Path:

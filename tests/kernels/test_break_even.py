@@ -18,6 +18,7 @@ from msa_compile.kernels.break_even import (
     longest_dense,
     take_steps,
 )
+from msa_compile.kernels.cache_dir import CACHE_VARIABLE
 
 SHAPE = ShapeClass(torch.device("cpu"), torch.float32, 4, 2, 8, block_size=4, topk=3)
 
@@ -102,7 +103,7 @@ def test_more_time_never_gives_a_step_less():
 
 
 def test_it_is_measured_once_and_read_from_disk_then(monkeypatch, tmp_path, caplog):
-    monkeypatch.setenv(module.CACHE_VARIABLE, str(tmp_path / "made"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "made"))
     calls = []
     monkeypatch.setattr(module, "measure", lambda shape: calls.append(shape) or BreakEven(99, "measured", "so"))
     assert module.known_break_even(SHAPE) is None
@@ -134,7 +135,7 @@ def test_another_shape_dtype_thread_count_or_torch_is_another_number(monkeypatch
     ids=["empty", "cut", "list", "no", "1", "0"],
 )
 def test_a_broken_file_is_ignored_with_a_warning_and_replaced(text, monkeypatch, tmp_path, caplog):
-    monkeypatch.setenv(module.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(module, "measure", lambda shape: BreakEven(99, "measured", "so"))
     path = module._path(module._key(SHAPE))
     path.parent.mkdir()
@@ -145,7 +146,7 @@ def test_a_broken_file_is_ignored_with_a_warning_and_replaced(text, monkeypatch,
 
 
 def test_a_number_below_the_budget_is_not_believed(monkeypatch, tmp_path, caplog):
-    monkeypatch.setenv(module.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     module._write(module._key(SHAPE), BreakEven(3, "measured", ""))
     assert module.known_break_even(SHAPE) is None
     assert "fewer than the budget" in caplog.text
@@ -153,7 +154,7 @@ def test_a_number_below_the_budget_is_not_believed(monkeypatch, tmp_path, caplog
 
 def test_a_folder_that_cannot_be_written_is_only_a_warning(monkeypatch, tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(module.CACHE_VARIABLE, str(tmp_path / "file"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
     assert module.break_even(SHAPE).keys == SHAPE.budget
     assert "could not be kept" in caplog.text
     assert module.known_break_even(SHAPE) is not None
@@ -163,7 +164,7 @@ def test_a_measurement_that_fails_leaves_the_budget_and_is_not_kept(monkeypatch,
     def fail(shape):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setenv(module.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(module, "measure", fail)
     found = module.break_even(SHAPE)
     assert (found.keys, found.origin) == (SHAPE.budget, "unmeasured")
@@ -215,12 +216,3 @@ def test_a_step_calls_both_at_the_length_asked_for(is_decode, monkeypatch):
     monkeypatch.setattr(module, "interleaved_seconds", lambda calls, device, rounds: [(1.0, 2.0)])
     assert module._time_step(SHAPE, 20, is_decode=is_decode) == Step(20, 1.0, 2.0)
     assert called == [(1, 4, 1 if is_decode else 20, 8)] * 2
-
-
-def test_the_cache_folder_is_the_platforms(monkeypatch, tmp_path):
-    monkeypatch.delenv(module.CACHE_VARIABLE)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(module.sys, "platform", "linux")
-    assert module.cache_dir() == tmp_path / "msa_compile"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert module.cache_dir().parts[-2:] == (".cache", "msa_compile")

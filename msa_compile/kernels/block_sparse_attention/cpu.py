@@ -1,37 +1,54 @@
-"""Block-sparse attention on a CPU, a key block at a time.
+"""Block-sparse attention on a CPU, by compiled kernels (`native/block_sparse_attention.cpp`).
 
-Arguments and result as in `op.py`. The work is turned around: not every query gathers its blocks, but every block meets
-all the queries that selected it in one product of up to a thousand rows (the heads of a group share the selection, so
-a query has `G` rows). Each such piece is a softmax over one block; the pieces of a query are merged at the end,
-weighted by their shares of the whole. The maximum and the sum of a piece stay apart until then: no logit overflows.
-
-Products are in float32 whatever the inputs are, by oneDNN, and only the result is rounded. A call in float64, or with a
-mask that bounds cannot say, goes to the reference.
+Arguments and result as in `op.py`. Sums are in float32; products too, but those of bfloat16 where the machine has them,
+and then the weights of values are rounded to it. A call in float64, or with a mask that bounds cannot say, goes to the
+reference, as every call does where no kernel can be compiled.
 """
 
+import ctypes
 import math
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
+from msa_compile.kernels import native
 from msa_compile.kernels.block_sparse_attention import reference
-from msa_compile.kernels.block_sparse_attention.cpu_backward import GroupGradients, differentiate
-from msa_compile.kernels.block_sparse_attention.cpu_decode import attend_few_queries
-from msa_compile.kernels.block_sparse_attention.cpu_pairs import find_pairs
-from msa_compile.kernels.block_sparse_attention.cpu_pieces import Blocks, Softmax, find_shares, merge, run_pieces
 from msa_compile.kernels.closed_form import find_closed_form
 from msa_compile.kernels.segments import Segment, find_segments
-from msa_compile.kernels.threads import Scratch, run_all
 
-# Up to this many queries, each gathers its own blocks.
+# Up to this many queries, keys and values are read where they are, and not packed first.
 _FEW_QUERIES = 16
-# Elements of the results of pieces that a task holds until it merges them, and that all tasks together do.
-_WORKSPACE = 1 << 25
-_WORKSPACE_OF_ALL = 1 << 26
-# Queries that a task should have, in rows a block: fewer make products too thin, more only take memory.
-_ROWS_A_BLOCK = 2048
+# Floats of the outputs of the queries that stay in a core's cache while blocks pass by.
+_TILE_FLOATS = 1 << 15
+# Packed keys and values of as many heads at once as fit here, and of one at least.
+_PACKED_BYTES = 1 << 28
+
+
+class _Attention(ctypes.Structure):
+    """`Attention` of the kernels."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "ids", "sinks", "output")),
+        *((name, ctypes.c_int64 * 3) for name in ("query_strides", "key_strides", "value_strides")),
+        *((name, ctypes.c_int64 * 3) for name in ("ids_strides", "output_strides")),
+        *((name, ctypes.c_int64) for name in ("rows", "groups", "group", "queries", "length", "width")),
+        *((name, ctypes.c_int64) for name in ("position", "block_size", "topk", "window")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+        *((name, ctypes.c_int64) for name in ("is_few", "dtype", "threads", "tile_floats", "packed_bytes")),
+    )
+
+
+class _Backward(ctypes.Structure):
+    """`Backward` of the kernels."""
+
+    _fields_ = (
+        ("forward", _Attention),
+        ("grad_output", ctypes.c_void_p),
+        ("grad_output_strides", ctypes.c_int64 * 3),
+        *((name, ctypes.c_void_p) for name in ("grad_query", "grad_key", "grad_value", "of_sinks")),
+        *((name, ctypes.c_int64 * 3) for name in ("grad_query_strides", "grad_key_strides")),
+        ("of_sinks_strides", ctypes.c_int64 * 2),
+    )
 
 
 def block_sparse_attention(
@@ -53,20 +70,23 @@ def block_sparse_attention(
     is_causal: bool = True,
 ) -> Tensor:
     """Attend to the visible tokens of the selected blocks; as in `op.py`."""
-    batch, heads, query_length, head_dim = query.shape
-    bounds = find_closed_form(
-        batch=batch,
-        query_length=query_length,
-        key_length=key.shape[2],
-        device=query.device,
-        query_start=query_start,
-        key_start=key_start,
-        key_end=key_end,
-        document_start=document_start,
-        mask=mask,
-        is_causal=is_causal,
-    )
-    if bounds is None or query.dtype == torch.float64:
+    batch, _, query_length, _ = query.shape
+    key_length = key.shape[2]
+    bounds = None
+    if native.holds(query.dtype):
+        bounds = find_closed_form(
+            batch=batch,
+            query_length=query_length,
+            key_length=key_length,
+            device=query.device,
+            query_start=query_start,
+            key_start=key_start,
+            key_end=key_end,
+            document_start=document_start,
+            mask=mask,
+            is_causal=is_causal,
+        )
+    if bounds is None:
         return reference.block_sparse_attention(
             query,
             key,
@@ -84,52 +104,27 @@ def block_sparse_attention(
             mask=mask,
             is_causal=is_causal,
         )
-    if query.numel() == 0:
-        return query.new_zeros(query.shape)
-    groups, topk = key.shape[1], block_ids.shape[-1]
-    heads_a_group = heads // groups
-    scale = head_dim**-0.5 if scale is None else scale
-    if query_length <= _FEW_QUERIES:
-        return attend_few_queries(
+    output = query.new_zeros(query.shape, dtype=torch.float32)
+    query, key, value = native.readable(query), native.readable(key), native.readable(value)
+    block_ids = block_ids.contiguous()
+    sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
+    kernel = native.load("block_sparse_attention").msa_block_sparse_attention
+    for one in find_segments(batch=batch, query_length=query_length, key_length=key_length, **bounds):
+        call = _describe(
+            one,
             query,
             key,
             value,
             block_ids,
+            sinks,
+            output,
             block_size=block_size,
             scale=scale,
             softcap=softcap,
-            sinks=sinks,
             window=window,
-            **bounds,
         )
-    output = query.new_zeros(query.shape)
-    segments = find_segments(batch=batch, query_length=query_length, key_length=key.shape[2], **bounds)
-    softmax = Softmax(block_size, scale, softcap, window)
-    scratch = Scratch()
-    tasks: list[Callable[[], None]] = []
-    for segment in segments:
-        step = _step(segment, heads_a_group * topk, head_dim, block_size, torch.get_num_threads())
-        slots = slice(segment.anchor, segment.anchor + segment.length)
-        for start in range(segment.start, segment.end, step):
-            end = min(start + step, segment.end)
-            for row in range(segment.row, segment.row_end):
-                for group in range(groups):
-                    of_group = slice(group * heads_a_group, (group + 1) * heads_a_group)
-                    tasks.append(
-                        partial(
-                            _attend,
-                            query[row, of_group, start:end],
-                            Blocks(key[row, group, slots], value[row, group, slots], block_size),
-                            block_ids[row, group, start:end],
-                            None if sinks is None else sinks[of_group],
-                            output[row, of_group, start:end],
-                            position=segment.position + start - segment.start,
-                            softmax=softmax,
-                            scratch=scratch,
-                        )
-                    )
-    run_all(tasks)
-    return output
+        kernel(ctypes.byref(call))
+    return output.to(query.dtype)
 
 
 def block_sparse_attention_backward(
@@ -153,26 +148,28 @@ def block_sparse_attention_backward(
 ) -> reference.Gradients:
     """Differentiate `block_sparse_attention`, recomputing its softmax; `grad_output` is `[B, Hq, Tq, D]`.
 
-    A call in which a query, or a key that some query may see, is not finite goes to the reference, as a call in
-    float64 or with a mask that bounds cannot say does.
+    In float32 for every dtype. A call in which a query, or a key that some query may see, is not finite goes to the
+    reference, as a call in float64 or with a mask that bounds cannot say does.
     """
-    batch, heads, query_length, head_dim = query.shape
-    groups, key_length = key.shape[1:3]
-    bounds = find_closed_form(
-        batch=batch,
-        query_length=query_length,
-        key_length=key.shape[2],
-        device=query.device,
-        query_start=query_start,
-        key_start=key_start,
-        key_end=key_end,
-        document_start=document_start,
-        mask=mask,
-        is_causal=is_causal,
-    )
+    batch, heads, query_length, _ = query.shape
+    key_length = key.shape[2]
+    bounds = None
+    if native.holds(query.dtype):
+        bounds = find_closed_form(
+            batch=batch,
+            query_length=query_length,
+            key_length=key_length,
+            device=query.device,
+            query_start=query_start,
+            key_start=key_start,
+            key_end=key_end,
+            document_start=document_start,
+            mask=mask,
+            is_causal=is_causal,
+        )
     is_covered = False
     segments: list[Segment] = []
-    if bounds is not None and query.dtype != torch.float64:
+    if bounds is not None:
         segments = find_segments(batch=batch, query_length=query_length, key_length=key_length, **bounds)
         is_covered = all(_is_finite(one, (query, grad_output), (key, value)) for one in segments)
     if not is_covered:
@@ -194,57 +191,109 @@ def block_sparse_attention_backward(
             mask=mask,
             is_causal=is_causal,
         )
-    heads_a_group = heads // groups
-    softmax = Softmax(block_size, head_dim**-0.5 if scale is None else scale, softcap, window)
-    grad_query = query.new_zeros(query.shape)
-    # Of keys and values a column is a key: so their products come out.
-    grad_key, grad_value = (
-        torch.zeros(batch, groups, head_dim, key_length, dtype=torch.float32, device=query.device) for _ in range(2)
+    query, key, value = native.readable(query), native.readable(key), native.readable(value)
+    grad_output, block_ids = native.readable(grad_output), block_ids.contiguous()
+    grad_query, grad_key, grad_value = (
+        torch.zeros(tensor.shape, dtype=torch.float32, device=query.device) for tensor in (query, key, value)
     )
-    grad_sinks = torch.zeros(batch, heads, dtype=torch.float32, device=query.device)
-    scratch = Scratch()
-    threads = torch.get_num_threads()  # a worker has one
-
-    def differentiate_group(row: int, group: int) -> None:
-        of_group = slice(group * heads_a_group, (group + 1) * heads_a_group)
-        for segment in segments:
-            if not segment.row <= row < segment.row_end:
-                continue
-            queries = slice(segment.start, segment.end)
-            slots = slice(segment.anchor, segment.anchor + segment.length)
-            differentiate(
-                grad_output[row, of_group, queries],
-                query[row, of_group, queries],
-                Blocks(key[row, group, slots], value[row, group, slots], block_size),
-                block_ids[row, group, queries],
-                None if sinks is None else sinks[of_group],
-                GroupGradients(
-                    grad_query[row, of_group, queries],
-                    grad_key[row, group, :, slots],
-                    grad_value[row, group, :, slots],
-                    grad_sinks[row, of_group],
-                ),
-                position=segment.position,
-                step=_step(segment, heads_a_group * block_ids.shape[-1], head_dim, block_size, threads),
-                softmax=softmax,
-                scratch=scratch,
+    of_sinks = None if sinks is None else grad_query.new_zeros(batch, heads, query_length)
+    plain_sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
+    kernel = native.load("block_sparse_attention_backward").msa_block_sparse_attention_backward
+    for one in segments:
+        rows, queries = slice(one.row, one.row_end), slice(one.start, one.end)
+        slots = slice(one.anchor, one.anchor + one.length)
+        of_grad, of_query = grad_output[rows, :, queries], grad_query[rows, :, queries]
+        of_key, of_value = grad_key[rows, :, slots], grad_value[rows, :, slots]
+        of_sink = None if of_sinks is None else of_sinks[rows, :, queries]
+        forward = _describe(
+            one,
+            query,
+            key,
+            value,
+            block_ids,
+            plain_sinks,
+            None,
+            block_size=block_size,
+            scale=scale,
+            softcap=softcap,
+            window=window,
+        )
+        kernel(
+            ctypes.byref(
+                _Backward(
+                    forward,
+                    of_grad.data_ptr(),
+                    native.byte_strides(of_grad),
+                    of_query.data_ptr(),
+                    of_key.data_ptr(),
+                    of_value.data_ptr(),
+                    None if of_sink is None else of_sink.data_ptr(),
+                    of_query.stride()[:3],
+                    of_key.stride()[:3],
+                    (0, 0) if of_sink is None else of_sink.stride()[:2],
+                )
             )
-
-    # A task is a group and not a run of queries: what is added to a key comes in one order, so results never differ.
-    run_all([partial(differentiate_group, row, group) for row in range(batch) for group in range(groups)])
+        )
     return reference.Gradients(
-        grad_query,
-        grad_key.transpose(-1, -2).to(key.dtype).contiguous(),
-        grad_value.transpose(-1, -2).to(value.dtype).contiguous(),
-        None if sinks is None else grad_sinks.sum(0).to(sinks.dtype),
+        grad_query.to(query.dtype),
+        grad_key.to(key.dtype),
+        grad_value.to(value.dtype),
+        None if sinks is None or of_sinks is None else -of_sinks.sum((0, 2)).to(sinks.dtype),
     )
 
 
-def _step(segment: Segment, rows_a_query: int, head_dim: int, block_size: int, threads: int) -> int:
-    """Return how many queries of a segment to take at once; `rows_a_query` is `G * topk`."""
-    blocks = -(-segment.length // block_size)
-    workspace = min(_WORKSPACE, _WORKSPACE_OF_ALL // threads)
-    return max(1, min(_ROWS_A_BLOCK * blocks // rows_a_query, workspace // (rows_a_query * head_dim)))
+def _describe(
+    segment: Segment,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_ids: Tensor,
+    sinks: Tensor | None,
+    output: Tensor | None,
+    *,
+    block_size: int,
+    scale: float | None,
+    softcap: float | None,
+    window: int | None,
+) -> _Attention:
+    """Describe the part of a call that is a segment; `output` is None where there is none."""
+    rows, queries = slice(segment.row, segment.row_end), slice(segment.start, segment.end)
+    slots = slice(segment.anchor, segment.anchor + segment.length)
+    query, ids = query[rows, :, queries], block_ids[rows, :, queries]
+    key, value = key[rows, :, slots], value[rows, :, slots]
+    output = None if output is None else output[rows, :, queries]
+    batch, heads, query_length, head_dim = query.shape
+    groups, topk = key.shape[1], ids.shape[-1]
+    return _Attention(
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        ids.data_ptr(),
+        None if sinks is None else sinks.data_ptr(),
+        None if output is None else output.data_ptr(),
+        native.byte_strides(query),
+        native.byte_strides(key),
+        native.byte_strides(value),
+        ids.stride()[:3],
+        (0, 0, 0) if output is None else output.stride()[:3],
+        batch,
+        groups,
+        heads // groups,
+        query_length,
+        segment.length,
+        head_dim,
+        segment.position,
+        block_size,
+        topk,
+        0 if window is None else window,
+        head_dim**-0.5 if scale is None else scale,
+        0.0 if softcap is None else softcap,
+        query_length <= _FEW_QUERIES,
+        native.dtype_number(query.dtype),
+        native.threads_for(2 * query.numel() * topk * block_size),
+        _TILE_FLOATS,
+        _PACKED_BYTES,
+    )
 
 
 def _is_finite(segment: Segment, of_queries: tuple[Tensor, Tensor], of_keys: tuple[Tensor, Tensor]) -> bool:
@@ -253,43 +302,3 @@ def _is_finite(segment: Segment, of_queries: tuple[Tensor, Tensor], of_keys: tup
     tensors = [tensor[rows, :, queries] for tensor in of_queries] + [tensor[rows, :, keys] for tensor in of_keys]
     # A sum is finite if nothing in it is infinite or NaN, unless it overflows; and then only time is lost.
     return all(math.isfinite(float(tensor.sum(dtype=torch.float32))) for tensor in tensors)
-
-
-def _attend(
-    query: Tensor,
-    blocks: Blocks,
-    block_ids: Tensor,
-    sinks: Tensor | None,
-    output: Tensor,
-    *,
-    position: int,
-    softmax: Softmax,
-    scratch: Scratch,
-) -> None:
-    """Attend for the queries of one group.
-
-    Args:
-        query: `[G, C, D]`, at the slots `position .. position + C - 1`.
-        blocks: keys and values from the anchor to the last visible slot.
-        block_ids: `[C, topk]` int32.
-        sinks: `[G]`, or None.
-        output: `[G, C, D]`, zeros: where the result goes.
-        position: slot of the first query, counted from the anchor.
-        softmax: constants of the call.
-        scratch: memory for the results of pieces.
-    """
-    group = len(query)
-    pairs = find_pairs(
-        block_ids,
-        position=position,
-        length=len(blocks.key),
-        block_size=softmax.block_size,
-        window=softmax.window,
-        heads_a_group=group,
-    )
-    if not pairs.pieces:
-        return
-    by_query = query.transpose(0, 1).to(torch.float32).contiguous() * softmax.scale
-    results = run_pieces(by_query, blocks, pairs, position=position, softmax=softmax, scratch=scratch)
-    shares = find_shares(results, pairs.place, sinks, group)
-    output.copy_(merge(results, shares).transpose(0, 1))

@@ -1,0 +1,52 @@
+"""What a call of a kernel needs to know of tensors."""
+
+import os
+
+import torch
+from torch import Tensor
+
+from msa_compile.kernels.native.build import is_available
+
+# As the kernels number them.
+_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Multiplications that a thread should have at least: some microseconds.
+_WORK = 1 << 18
+
+
+def holds(dtype: torch.dtype) -> bool:
+    """Return whether there is a kernel for `dtype` on this machine."""
+    return dtype in _NUMBERS and is_available()
+
+
+def dtype_number(dtype: torch.dtype) -> int:
+    """Return the number that the kernels know `dtype` by."""
+    return _NUMBERS[dtype]
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """Return `tensor`, or a copy of it, with the numbers of a row side by side."""
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def byte_strides(tensor: Tensor) -> tuple[int, ...]:
+    """Return the strides, in bytes, of all dimensions but the last."""
+    size = tensor.element_size()
+    return tuple(stride * size for stride in tensor.stride()[:-1])
+
+
+def threads_for(work: float) -> int:
+    """Return how many threads so many multiplications are worth."""
+    return 1 if _is_forked else max(1, min(torch.get_num_threads(), int(work) // _WORK))
+
+
+# Threads of OpenMP do not survive a fork, and a child that calls for them waits for ever.
+_is_forked = False
+
+
+def _note_fork() -> None:
+    global _is_forked
+    _is_forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
