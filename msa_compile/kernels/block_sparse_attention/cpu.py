@@ -19,7 +19,7 @@ from msa_compile.kernels.segments import Segment, find_segments
 # Up to this many queries, keys and values are read where they are, and not packed first.
 _FEW_QUERIES = 16
 # Floats of the outputs of the queries that stay in a core's cache while blocks pass by.
-_TILE_FLOATS = 1 << 15
+_TILE_FLOATS = 1 << 16
 # Packed keys and values of as many heads at once as fit here, and of one at least.
 _PACKED_BYTES = 1 << 28
 
