@@ -80,7 +80,7 @@ def _write(
         cores=os.cpu_count() or 1,
         torch=torch.__version__,
         msa_compile=msa_compile.__version__,
-        kernels=kernels_version(),
+        kernels=kernels_version(options.device),
     )
     results = Results(machine, (datetime.date.today().isoformat(),), tuple(rows), dict(rooflines), tuple(models))
     return write_results(results, options.out, options.name or device.type)

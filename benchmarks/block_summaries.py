@@ -55,7 +55,7 @@ SUMMARIES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
 
 
 def survivors(bound: Tensor, exact: Tensor, topk: int) -> float:
-    """Share of blocks that must be scored by their keys, best bound first, until no bound can beat the ``topk`` best."""
+    """Share of blocks to score by their keys, best bound first, until no bound can beat the ``topk`` best."""
     order = bound.argsort(-1, descending=True)
     seen = exact.gather(-1, order)
     needed = []
@@ -137,11 +137,17 @@ def main() -> None:
 TEXT = """# Summaries of key blocks, for decode with `"keys"`
 
 Made by `python -m benchmarks.block_summaries`; {cpu}, torch {torch}. {blocks} blocks of {block} keys; the demo's byte
-model (its last 256 queries, all layers and groups), and normal random tensors. *mass held*: softmax mass of the blocks
-that the summary chooses, as a share of that of the blocks that the best token chooses. *to score*: blocks whose keys must still be read for the
-choice to be exact, best bound first.
+model (its last 256 queries, all layers and groups), and normal random tensors.
 
-| tensors | blocks chosen | summary | of them found | mass held | to score |
+Not kept: bounds rule out next to no block, so an exact choice would still read the keys; and what summaries choose by
+themselves differs from what the best token chooses, which is what `"keys"` means. The mean of a block holds as much
+softmax mass on this small model: a question for the indexer's quality, not for its speed.
+
+*found*: blocks of the best token's choice that the summary chooses too. *mass held*: softmax mass of what the summary
+chooses, as a share of that of the best token's choice. *to score*: blocks whose keys must be read, best bound first,
+until no other can be among the chosen ones.
+
+| tensors | chosen | summary | found | mass held | to score |
 |---|---|---|---|---|---|
 """
 

@@ -21,6 +21,10 @@ class KernelArgumentError(MSAError, ValueError):
     """Raised when an op of `msa_compile.kernels` is called with shapes, dtypes or values that it does not accept."""
 
 
+class KernelBuildError(MSAError, RuntimeError):
+    """Raised when a CPU kernel could not be compiled; where none can be, the reference runs, and a warning says so."""
+
+
 class ExampleInputsError(MSAError, TypeError):
     """Raised when `example_inputs` is not something that the model's `forward` can be called with."""
 

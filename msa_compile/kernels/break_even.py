@@ -332,7 +332,7 @@ def _key(shape: ShapeClass) -> dict[str, Any]:
         "block_size": shape.block_size,
         "topk": shape.topk,
         "torch": torch.__version__,
-        "kernels": kernels_version(),
+        "kernels": kernels_version(shape.device.type),
     }
 
 
@@ -350,13 +350,19 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+# What calls on a CPU run.
+_CPU_SOURCES = ("native/*.*", "*/cpu.py", "*/dense.py", "segments.py", "closed_form.py", "visibility.py")
+
+
 @functools.cache
-def kernels_version() -> str:
-    """A hash of the sources of the ops: another implementation has another break-even."""
+def kernels_version(device_type: str) -> str:
+    """A hash of the sources that run on a type of device: another implementation has another break-even."""
+    folder = Path(__file__).parent
+    of_cpu = {path for pattern in _CPU_SOURCES for path in folder.glob(pattern)}
+    paths = of_cpu if device_type == "cpu" else set(folder.rglob("*.py")) - of_cpu
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*")):
-        if path.suffix in (".py", ".h", ".cpp"):
-            digest.update(path.read_bytes())
+    for path in sorted(path for path in paths if path.suffix in (".py", ".h", ".cpp")):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

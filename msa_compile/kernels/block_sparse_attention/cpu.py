@@ -108,7 +108,6 @@ def block_sparse_attention(
     query, key, value = native.readable(query), native.readable(key), native.readable(value)
     block_ids = block_ids.contiguous()
     sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
-    kernel = native.load("block_sparse_attention").msa_block_sparse_attention
     for one in find_segments(batch=batch, query_length=query_length, key_length=key_length, **bounds):
         call = _describe(
             one,
@@ -123,7 +122,7 @@ def block_sparse_attention(
             softcap=softcap,
             window=window,
         )
-        kernel(ctypes.byref(call))
+        native.run("block_sparse_attention", call)
     return output.to(query.dtype)
 
 
@@ -198,7 +197,6 @@ def block_sparse_attention_backward(
     )
     of_sinks = None if sinks is None else grad_query.new_zeros(batch, heads, query_length)
     plain_sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
-    kernel = native.load("block_sparse_attention_backward").msa_block_sparse_attention_backward
     for one in segments:
         rows, queries = slice(one.row, one.row_end), slice(one.start, one.end)
         slots = slice(one.anchor, one.anchor + one.length)
@@ -218,21 +216,20 @@ def block_sparse_attention_backward(
             softcap=softcap,
             window=window,
         )
-        kernel(
-            ctypes.byref(
-                _Backward(
-                    forward,
-                    of_grad.data_ptr(),
-                    native.byte_strides(of_grad),
-                    of_query.data_ptr(),
-                    of_key.data_ptr(),
-                    of_value.data_ptr(),
-                    None if of_sink is None else of_sink.data_ptr(),
-                    of_query.stride()[:3],
-                    of_key.stride()[:3],
-                    (0, 0) if of_sink is None else of_sink.stride()[:2],
-                )
-            )
+        native.run(
+            "block_sparse_attention_backward",
+            _Backward(
+                forward,
+                of_grad.data_ptr(),
+                native.byte_strides(of_grad),
+                of_query.data_ptr(),
+                of_key.data_ptr(),
+                of_value.data_ptr(),
+                None if of_sink is None else of_sink.data_ptr(),
+                of_query.stride()[:3],
+                of_key.stride()[:3],
+                (0, 0) if of_sink is None else of_sink.stride()[:2],
+            ),
         )
     return reference.Gradients(
         grad_query.to(query.dtype),

@@ -4,6 +4,6 @@ Nothing here includes a header of torch: a library takes seconds to compile and 
 """
 
 from msa_compile.kernels.native.build import load
-from msa_compile.kernels.native.call import byte_strides, dtype_number, holds, readable, threads_for
+from msa_compile.kernels.native.call import byte_strides, dtype_number, holds, readable, run, threads_for
 
-__all__ = ["byte_strides", "dtype_number", "holds", "load", "readable", "threads_for"]
+__all__ = ["byte_strides", "dtype_number", "holds", "load", "readable", "run", "threads_for"]

@@ -171,10 +171,14 @@ void attend(const Attention& call) {
 
 }  // namespace
 
-extern "C" void msa_block_sparse_attention(const Attention* call) {
+// Whether there was memory enough.
+extern "C" int msa_block_sparse_attention(const Attention* call) try {
   if (call->dtype == 0) attend<Float32>(*call);
   if (call->dtype == 1) attend<BFloat16>(*call);
   if (call->dtype == 2) attend<Float16>(*call);
+  return 1;
+} catch (const std::bad_alloc&) {
+  return 0;
 }
 
 }  // namespace msa

@@ -289,10 +289,14 @@ class Differentiation {
 
 }  // namespace
 
-extern "C" void msa_block_sparse_attention_backward(const Backward* call) {
+// Whether there was memory enough.
+extern "C" int msa_block_sparse_attention_backward(const Backward* call) try {
   const CopyRow copies[] = {copy_row<FloatProduct, Float32>, copy_row<FloatProduct, BFloat16>,
                             copy_row<FloatProduct, Float16>};
   Differentiation(*call, copies[call->forward.dtype]).run();
+  return 1;
+} catch (const std::bad_alloc&) {
+  return 0;
 }
 
 }  // namespace msa

@@ -15,6 +15,7 @@ import time
 import warnings
 from pathlib import Path
 
+from msa_compile.errors import KernelBuildError
 from msa_compile.kernels.cache_dir import CACHE_VARIABLE, cache_dir
 
 log = logging.getLogger(__name__)
@@ -27,22 +28,22 @@ _WAYS = (("-march=native", "-fopenmp"), ("-mcpu=native",), ())
 _lock = threading.Lock()
 
 
-class _CannotCompileError(Exception):
-    """Raised where there is no compiler, or none that takes the sources; the message says which."""
-
-
 def is_available() -> bool:
     """Return whether kernels can be compiled here; where not, warn once that the reference runs instead."""
     try:
         load("select_blocks")
-    except _CannotCompileError as error:
+    except KernelBuildError as error:
         _warn(str(error))
         return False
     return True
 
 
 def load(name: str) -> ctypes.CDLL:
-    """Return the library of `<name>.cpp`, which the first call on a machine compiles, in some seconds."""
+    """Return the library of `<name>.cpp`, which the first call on a machine compiles, in some seconds.
+
+    Raises:
+        KernelBuildError: there is no compiler, or it does not take the source, or the result cannot be kept.
+    """
     with _lock:
         return _load(name)
 
@@ -60,7 +61,7 @@ def _warn(reason: str) -> None:
 def _load(name: str) -> ctypes.CDLL:
     failure = _failures.get(name)
     if failure is not None:
-        raise _CannotCompileError(failure)
+        raise KernelBuildError(failure)
     try:
         library = _find_or_compile(name)
         try:
@@ -69,10 +70,10 @@ def _load(name: str) -> ctypes.CDLL:
             log.warning("%s is compiled again: %s", library, error)
             library.unlink(missing_ok=True)
             return ctypes.CDLL(str(_find_or_compile(name)))
-    except (_CannotCompileError, OSError) as error:
+    except (KernelBuildError, OSError) as error:
         # Asked again, a missing compiler is still missing: functools.cache keeps results, not errors.
         _failures[name] = str(error)
-        raise _CannotCompileError(str(error)) from error
+        raise KernelBuildError(str(error)) from error
 
 
 _failures: dict[str, str] = {}
@@ -92,7 +93,7 @@ def _find_or_compile(name: str) -> Path:
         try:
             library.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _CannotCompileError(f"{library.parent}: {error}; set {CACHE_VARIABLE}") from error
+            raise KernelBuildError(f"{library.parent}: {error}; set {CACHE_VARIABLE}") from error
         _compile(compiler, _SOURCES / f"{name}.cpp", library)
         log.info("compiled %s in %.1f s: %s", name, time.perf_counter() - started, library)
     return library
@@ -110,9 +111,9 @@ def _compile(compiler: tuple[str, ...], source: Path, library: Path) -> None:
                 os.replace(name, library)
                 return
             log.debug("%s: %s", shlex.join(command), done.stderr)
-        raise _CannotCompileError(f"{shlex.join(command)}: {done.stderr.strip()[-500:]}")
+        raise KernelBuildError(f"{shlex.join(command)}: {done.stderr.strip()[-500:]}")
     except OSError as error:
-        raise _CannotCompileError(f"{compiler[0]}: {error}") from error
+        raise KernelBuildError(f"{compiler[0]}: {error}") from error
     finally:
         Path(name).unlink(missing_ok=True)
 
@@ -124,7 +125,7 @@ def _find_compiler() -> tuple[str, ...]:
     for name in ("g++", "clang++", "c++"):
         if shutil.which(name):
             return (name,)
-    raise _CannotCompileError("found none of g++, clang++ and c++")
+    raise KernelBuildError("found none of g++, clang++ and c++")
 
 
 def _cpu_features() -> str:

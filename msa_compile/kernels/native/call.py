@@ -1,11 +1,12 @@
 """What a call of a kernel needs to know of tensors."""
 
+import ctypes
 import os
 
 import torch
 from torch import Tensor
 
-from msa_compile.kernels.native.build import is_available
+from msa_compile.kernels.native.build import is_available, load
 
 # As the kernels number them.
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -16,6 +17,17 @@ _WORK = 1 << 18
 def holds(dtype: torch.dtype) -> bool:
     """Return whether there is a kernel for `dtype` on this machine."""
     return dtype in _NUMBERS and is_available()
+
+
+def run(name: str, call: ctypes.Structure) -> None:
+    """Run the kernel of `<name>.cpp` on what `call` describes.
+
+    Raises:
+        MemoryError: there is not enough for its workspace.
+        KernelBuildError: as `load` says.
+    """
+    if not load(name)[f"msa_{name}"](ctypes.byref(call)):
+        raise MemoryError(f"{name}: no memory for the workspace of the kernel")
 
 
 def dtype_number(dtype: torch.dtype) -> int:

@@ -4,6 +4,7 @@
 // only their largest. Few queries: the keys are read where they are, once. A token score that is NaN is passed over.
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "product.h"
@@ -184,10 +185,14 @@ void select(const Selection& call) {
 
 }  // namespace
 
-extern "C" void msa_select_blocks(const Selection* call) {
+// Whether there was memory enough.
+extern "C" int msa_select_blocks(const Selection* call) try {
   if (call->dtype == 0) select<Float32>(*call);
   if (call->dtype == 1) select<BFloat16>(*call);
   if (call->dtype == 2) select<Float16>(*call);
+  return 1;
+} catch (const std::bad_alloc&) {
+  return 0;
 }
 
 }  // namespace msa

@@ -83,38 +83,36 @@ def select_blocks(
         )
     selected = index_query.new_full((batch, groups, query_length, topk), -1, dtype=torch.int32)
     index_query, index_key = native.readable(index_query), native.readable(index_key)
-    kernel = native.load("select_blocks").msa_select_blocks
     for one in find_segments(batch=batch, query_length=query_length, key_length=key_length, **bounds):
         query, key, ids = _cut(one, index_query, index_key, selected)
         queries, width = query.shape[2:]
         # Scores of the blocks before the local one; below, of half the keys.
         work = query.shape[0] * groups * queries * (one.position + queries / 2) * width
-        kernel(
-            ctypes.byref(
-                _Selection(
-                    query.data_ptr(),
-                    key.data_ptr(),
-                    ids.data_ptr(),
-                    native.byte_strides(query),
-                    native.byte_strides(key),
-                    ids.stride()[:3],
-                    query.shape[0],
-                    groups,
-                    key.shape[1],
-                    queries,
-                    key.shape[2],
-                    width,
-                    one.position,
-                    block_size,
-                    topk,
-                    local_blocks,
-                    sink_blocks,
-                    queries <= _FEW_QUERIES,
-                    native.dtype_number(query.dtype),
-                    native.threads_for(work),
-                    _TILE,
-                )
-            )
+        native.run(
+            "select_blocks",
+            _Selection(
+                query.data_ptr(),
+                key.data_ptr(),
+                ids.data_ptr(),
+                native.byte_strides(query),
+                native.byte_strides(key),
+                ids.stride()[:3],
+                query.shape[0],
+                groups,
+                key.shape[1],
+                queries,
+                key.shape[2],
+                width,
+                one.position,
+                block_size,
+                topk,
+                local_blocks,
+                sink_blocks,
+                queries <= _FEW_QUERIES,
+                native.dtype_number(query.dtype),
+                native.threads_for(work),
+                _TILE,
+            ),
         )
     return selected
 
