@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Lives as long as the process: a Library that is collected takes its registrations with it.
-_LIBRARY = torch.library.Library("msa", "FRAGMENT")  # type: ignore[no-untyped-call]
+from msa_compile.kernels.register import LIBRARY
 
 
 def register_autocast(name: str, *, cast_first: int) -> None:
@@ -20,7 +19,7 @@ def register_autocast(name: str, *, cast_first: int) -> None:
     """
     for device_type, dispatch_key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         kernel = _make_kernel(name, device_type, cast_first)
-        _LIBRARY.impl(name, kernel, dispatch_key)  # type: ignore[no-untyped-call]
+        LIBRARY.impl(name, kernel, dispatch_key)  # type: ignore[no-untyped-call]
 
 
 def _make_kernel(name: str, device_type: str, cast_first: int) -> Any:

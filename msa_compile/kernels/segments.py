@@ -5,14 +5,13 @@ Counted from its anchor, a segment has no padding, no documents and no offset of
 - 1)`. So an implementation needs that one case only.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """Queries that see something, of rows of the batch that agree.
 
     Args:
@@ -47,6 +46,9 @@ def find_segments(
     """Find the segments of a call without a mask; a query in none of them sees nothing."""
     if batch == 0 or query_length == 0:
         return []
+    is_plain = query_start is None and key_start is None and key_end is None and document_start is None
+    if is_plain and query_length <= key_length:
+        return [Segment(0, batch, 0, query_length, 0, key_length, key_length - query_length)]
     offsets = _per_row(query_start, key_length - query_length, batch)
     anchors = _per_row(key_start, 0, batch)
     ends = _per_row(key_end, key_length, batch)
@@ -57,8 +59,8 @@ def find_segments(
         runs = _runs_of_anchors(max(anchor, 0), query_length, None if document_start is None else document_start[row])
         of_row = [_segment(row, run, offset, min(end, key_length)) for run in runs]
         found = [segment for segment in of_row if segment is not None]
-        if before and [_without_rows(one) for one in before] == [_without_rows(one) for one in found]:
-            segments[-len(before) :] = [_with_row_end(one, row + 1) for one in before]
+        if before and [one[2:] for one in before] == [one[2:] for one in found]:
+            segments[-len(before) :] = [one._replace(row_end=row + 1) for one in before]
             before = segments[-len(before) :]
         else:
             segments += found
@@ -87,11 +89,3 @@ def _segment(row: int, run: tuple[int, int, int], offset: int, key_end: int) -> 
     if start >= end or length < 1:
         return None
     return Segment(row, row + 1, start, end, anchor, length, offset + start - anchor)
-
-
-def _without_rows(segment: Segment) -> tuple[int, ...]:
-    return (segment.start, segment.end, segment.anchor, segment.length, segment.position)
-
-
-def _with_row_end(segment: Segment, row_end: int) -> Segment:
-    return Segment(segment.row, row_end, *_without_rows(segment))

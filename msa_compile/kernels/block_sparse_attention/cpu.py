@@ -5,8 +5,8 @@ and then the weights of values are rounded to it. A call in float64, or with a m
 reference, as every call does where no kernel can be compiled.
 """
 
-import ctypes
 import math
+import struct
 
 import torch
 from torch import Tensor
@@ -24,31 +24,11 @@ _TILE_FLOATS = 1 << 16
 _PACKED_BYTES = 1 << 28
 
 
-class _Attention(ctypes.Structure):
-    """`Attention` of the kernels."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "ids", "sinks", "output")),
-        *((name, ctypes.c_int64 * 3) for name in ("query_strides", "key_strides", "value_strides")),
-        *((name, ctypes.c_int64 * 3) for name in ("ids_strides", "output_strides")),
-        *((name, ctypes.c_int64) for name in ("rows", "groups", "group", "queries", "length", "width")),
-        *((name, ctypes.c_int64) for name in ("position", "block_size", "topk", "window")),
-        *((name, ctypes.c_float) for name in ("scale", "softcap")),
-        *((name, ctypes.c_int64) for name in ("is_few", "dtype", "threads", "tile_floats", "packed_bytes")),
-    )
-
-
-class _Backward(ctypes.Structure):
-    """`Backward` of the kernels."""
-
-    _fields_ = (
-        ("forward", _Attention),
-        ("grad_output", ctypes.c_void_p),
-        ("grad_output_strides", ctypes.c_int64 * 3),
-        *((name, ctypes.c_void_p) for name in ("grad_query", "grad_key", "grad_value", "of_sinks")),
-        *((name, ctypes.c_int64 * 3) for name in ("grad_query_strides", "grad_key_strides")),
-        ("of_sinks_strides", ctypes.c_int64 * 2),
-    )
+# `Attention` of the kernels: six addresses, three strides of the first four and the last, ten sizes, two factors, two
+# switches, threads and workspace.
+_ATTENTION = struct.Struct("6Q 15q 10q 2f 5q")
+# `Backward` goes on: the gradient of the output, four results, and their strides.
+_BACKWARD = struct.Struct("Q 3q 4Q 8q")
 
 
 def block_sparse_attention(
@@ -104,7 +84,7 @@ def block_sparse_attention(
             mask=mask,
             is_causal=is_causal,
         )
-    output = query.new_zeros(query.shape, dtype=torch.float32)
+    output = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
     query, key, value = native.readable(query), native.readable(key), native.readable(value)
     block_ids = block_ids.contiguous()
     sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
@@ -200,7 +180,7 @@ def block_sparse_attention_backward(
     for one in segments:
         rows, queries = slice(one.row, one.row_end), slice(one.start, one.end)
         slots = slice(one.anchor, one.anchor + one.length)
-        of_grad, of_query = grad_output[rows, :, queries], grad_query[rows, :, queries]
+        of_query = grad_query[rows, :, queries]
         of_key, of_value = grad_key[rows, :, slots], grad_value[rows, :, slots]
         of_sink = None if of_sinks is None else of_sinks[rows, :, queries]
         forward = _describe(
@@ -216,21 +196,19 @@ def block_sparse_attention_backward(
             softcap=softcap,
             window=window,
         )
-        native.run(
-            "block_sparse_attention_backward",
-            _Backward(
-                forward,
-                of_grad.data_ptr(),
-                native.byte_strides(of_grad),
-                of_query.data_ptr(),
-                of_key.data_ptr(),
-                of_value.data_ptr(),
-                None if of_sink is None else of_sink.data_ptr(),
-                of_query.stride()[:3],
-                of_key.stride()[:3],
-                (0, 0) if of_sink is None else of_sink.stride()[:2],
-            ),
+        strides = native.byte_strides(grad_output)
+        rest = _BACKWARD.pack(
+            grad_output.data_ptr() + one.row * strides[0] + one.start * strides[2],
+            *strides,
+            of_query.data_ptr(),
+            of_key.data_ptr(),
+            of_value.data_ptr(),
+            0 if of_sink is None else of_sink.data_ptr(),
+            *of_query.stride()[:3],
+            *of_key.stride()[:3],
+            *((0, 0) if of_sink is None else of_sink.stride()[:2]),
         )
+        native.run("block_sparse_attention_backward", forward + rest)
     return reference.Gradients(
         grad_query.to(query.dtype),
         grad_key.to(key.dtype),
@@ -252,31 +230,31 @@ def _describe(
     scale: float | None,
     softcap: float | None,
     window: int | None,
-) -> _Attention:
+) -> bytes:
     """Describe the part of a call that is a segment; `output` is None where there is none."""
-    rows, queries = slice(segment.row, segment.row_end), slice(segment.start, segment.end)
-    slots = slice(segment.anchor, segment.anchor + segment.length)
-    query, ids = query[rows, :, queries], block_ids[rows, :, queries]
-    key, value = key[rows, :, slots], value[rows, :, slots]
-    output = None if output is None else output[rows, :, queries]
-    batch, heads, query_length, head_dim = query.shape
-    groups, topk = key.shape[1], ids.shape[-1]
-    return _Attention(
-        query.data_ptr(),
-        key.data_ptr(),
-        value.data_ptr(),
-        ids.data_ptr(),
-        None if sinks is None else sinks.data_ptr(),
-        None if output is None else output.data_ptr(),
-        native.byte_strides(query),
-        native.byte_strides(key),
-        native.byte_strides(value),
-        ids.stride()[:3],
-        (0, 0, 0) if output is None else output.stride()[:3],
-        batch,
+    # Addresses are computed: a slice of a tensor is an object, and a decode step would feel eleven of them.
+    of_query, of_key, of_value = (native.byte_strides(tensor) for tensor in (query, key, value))
+    of_ids, of_output = block_ids.stride()[:3], (0, 0, 0) if output is None else output.stride()[:3]
+    row, start, anchor = segment.row, segment.start, segment.anchor
+    _, heads, _, head_dim = query.shape
+    groups, topk = key.shape[1], block_ids.shape[3]
+    rows, queries = segment.row_end - row, segment.end - start
+    return _ATTENTION.pack(
+        query.data_ptr() + row * of_query[0] + start * of_query[2],
+        key.data_ptr() + row * of_key[0] + anchor * of_key[2],
+        value.data_ptr() + row * of_value[0] + anchor * of_value[2],
+        block_ids.data_ptr() + 4 * (row * of_ids[0] + start * of_ids[2]),
+        0 if sinks is None else sinks.data_ptr(),
+        0 if output is None else output.data_ptr() + 4 * (row * of_output[0] + start * of_output[2]),
+        *of_query,
+        *of_key,
+        *of_value,
+        *of_ids,
+        *of_output,
+        rows,
         groups,
         heads // groups,
-        query_length,
+        queries,
         segment.length,
         head_dim,
         segment.position,
@@ -285,9 +263,9 @@ def _describe(
         0 if window is None else window,
         head_dim**-0.5 if scale is None else scale,
         0.0 if softcap is None else softcap,
-        query_length <= _FEW_QUERIES,
+        queries <= _FEW_QUERIES,
         native.dtype_number(query.dtype),
-        native.threads_for(2 * query.numel() * topk * block_size),
+        native.threads_for(2 * rows * heads * queries * head_dim * topk * block_size),
         _TILE_FLOATS,
         _PACKED_BYTES,
     )

@@ -20,6 +20,7 @@ from msa_compile.kernels.arguments import (
 from msa_compile.kernels.autocast import register_autocast
 from msa_compile.kernels.block_sparse_attention import cpu, reference
 from msa_compile.kernels.block_sparse_attention.dense import attend_densely
+from msa_compile.kernels.register import LIBRARY, register
 
 
 def block_sparse_attention(
@@ -273,24 +274,10 @@ def _run_backward_with(implementation: ModuleType) -> Callable[..., tuple[Tensor
     return run
 
 
-_op = torch.library.custom_op("msa::block_sparse_attention", _run_with(cpu), mutates_args=(), device_types="cpu")
-_backward_op = torch.library.custom_op(
-    "msa::block_sparse_attention_backward",
-    _run_backward_with(cpu),
-    mutates_args=(),
-    device_types="cpu",
-)
-# The reference path, not yet a fused kernel: it runs wherever torch does.
-_op.register_kernel("cuda", _run_with(reference))
-_backward_op.register_kernel("cuda", _run_backward_with(reference))
-
-
-@_op.register_fake
-def _fake(query: Tensor, *rest: Any) -> Tensor:
+def _fake(query: Tensor, *rest: Any, **options: Any) -> Tensor:
     return query.new_empty(query.shape)
 
 
-@_backward_op.register_fake
 def _fake_backward(
     grad_output: Tensor,
     query: Tensor,
@@ -302,10 +289,20 @@ def _fake_backward(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     *rest: Any,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_sinks = query.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), grad_sinks
 
+
+# On CUDA the reference path, not yet a fused kernel: it runs wherever torch does.
+register("block_sparse_attention", cpu=_run_with(cpu), cuda=_run_with(reference), fake=_fake)
+register(
+    "block_sparse_attention_backward",
+    cpu=_run_backward_with(cpu),
+    cuda=_run_backward_with(reference),
+    fake=_fake_backward,
+)
 
 # Place of `sinks` among the arguments of the op.
 _SINKS = 7
@@ -328,7 +325,9 @@ def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(by_argument)
 
 
-_op.register_autograd(_differentiate, setup_context=_save_for_backward)
+torch.library.register_autograd(
+    "msa::block_sparse_attention", _differentiate, setup_context=_save_for_backward, lib=LIBRARY
+)
 register_autocast("block_sparse_attention", cast_first=3)
 # A backward pass inside the `with` statement must not round what the forward pass kept in float32.
 register_autocast("block_sparse_attention_backward", cast_first=0)

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +20,22 @@ def holds(dtype: torch.dtype) -> bool:
     return dtype in _NUMBERS and is_available()
 
 
-def run(name: str, call: ctypes.Structure) -> None:
-    """Run the kernel of `<name>.cpp` on what `call` describes.
+def run(name: str, call: bytes) -> None:
+    """Run the kernel of `<name>.cpp` on what `call` describes: the bytes of the C++ struct.
 
     Raises:
         MemoryError: there is not enough for its workspace.
         KernelBuildError: as `load` says.
     """
-    if not load(name)[f"msa_{name}"](ctypes.byref(call)):
+    kernel = _kernels.get(name)
+    if kernel is None:
+        kernel = _kernels[name] = load(name)[f"msa_{name}"]
+        kernel.argtypes, kernel.restype = [ctypes.c_char_p], ctypes.c_int
+    if not kernel(call):
         raise MemoryError(f"{name}: no memory for the workspace of the kernel")
+
+
+_kernels: dict[str, Any] = {}
 
 
 def dtype_number(dtype: torch.dtype) -> int:
@@ -40,10 +48,11 @@ def readable(tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def byte_strides(tensor: Tensor) -> tuple[int, ...]:
-    """Return the strides, in bytes, of all dimensions but the last."""
+def byte_strides(tensor: Tensor) -> tuple[int, int, int]:
+    """Return the strides, in bytes, of all dimensions but the last of four."""
     size = tensor.element_size()
-    return tuple(stride * size for stride in tensor.stride()[:-1])
+    first, second, third, _ = tensor.stride()
+    return first * size, second * size, third * size
 
 
 def threads_for(work: float) -> int:

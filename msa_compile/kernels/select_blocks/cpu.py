@@ -6,14 +6,14 @@ scores are a product and a maximum, in float32, of blocks as wholes. A call with
 float64, goes to the reference, as every call does where no kernel can be compiled.
 """
 
-import ctypes
+import struct
 
 import torch
 from torch import Tensor
 
 from msa_compile.kernels import native
 from msa_compile.kernels.closed_form import find_closed_form
-from msa_compile.kernels.segments import Segment, find_segments
+from msa_compile.kernels.segments import find_segments
 from msa_compile.kernels.select_blocks import reference
 
 # Up to this many queries, keys are read where they are, and not packed first.
@@ -22,16 +22,8 @@ _FEW_QUERIES = 16
 _TILE = 64
 
 
-class _Selection(ctypes.Structure):
-    """`Selection` of the kernel."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "key", "ids")),
-        *((name, ctypes.c_int64 * 3) for name in ("query_strides", "key_strides", "ids_strides")),
-        *((name, ctypes.c_int64) for name in ("rows", "groups", "key_heads", "queries", "length", "width")),
-        *((name, ctypes.c_int64) for name in ("position", "block_size", "topk", "local_blocks", "sink_blocks")),
-        *((name, ctypes.c_int64) for name in ("is_few", "dtype", "threads", "tile")),
-    )
+# `Selection` of the kernel: three addresses, three strides of each, thirteen sizes, two switches, threads and tile.
+_SELECTION = struct.Struct("3Q 9q 15q")
 
 
 def select_blocks(
@@ -50,7 +42,7 @@ def select_blocks(
     is_causal: bool = True,
 ) -> Tensor:
     """Choose key blocks by the best visible token of each; as in `op.py`."""
-    batch, groups, query_length, _ = index_query.shape
+    batch, groups, query_length, width = index_query.shape
     key_length = index_key.shape[2]
     bounds = None
     if native.holds(index_query.dtype):
@@ -83,41 +75,34 @@ def select_blocks(
         )
     selected = index_query.new_full((batch, groups, query_length, topk), -1, dtype=torch.int32)
     index_query, index_key = native.readable(index_query), native.readable(index_key)
+    of_query, of_key = native.byte_strides(index_query), native.byte_strides(index_key)
+    of_ids = selected.stride()[:3]
     for one in find_segments(batch=batch, query_length=query_length, key_length=key_length, **bounds):
-        query, key, ids = _cut(one, index_query, index_key, selected)
-        queries, width = query.shape[2:]
-        # Scores of the blocks before the local one; below, of half the keys.
-        work = query.shape[0] * groups * queries * (one.position + queries / 2) * width
-        native.run(
-            "select_blocks",
-            _Selection(
-                query.data_ptr(),
-                key.data_ptr(),
-                ids.data_ptr(),
-                native.byte_strides(query),
-                native.byte_strides(key),
-                ids.stride()[:3],
-                query.shape[0],
-                groups,
-                key.shape[1],
-                queries,
-                key.shape[2],
-                width,
-                one.position,
-                block_size,
-                topk,
-                local_blocks,
-                sink_blocks,
-                queries <= _FEW_QUERIES,
-                native.dtype_number(query.dtype),
-                native.threads_for(work),
-                _TILE,
-            ),
+        rows, queries = one.row_end - one.row, one.end - one.start
+        # Scores of the blocks before the local one: of half the keys of a prompt.
+        work = rows * groups * queries * (one.position + queries // 2) * width
+        call = _SELECTION.pack(
+            index_query.data_ptr() + one.row * of_query[0] + one.start * of_query[2],
+            index_key.data_ptr() + one.row * of_key[0] + one.anchor * of_key[2],
+            selected.data_ptr() + 4 * (one.row * of_ids[0] + one.start * of_ids[2]),
+            *of_query,
+            *of_key,
+            *of_ids,
+            rows,
+            groups,
+            index_key.shape[1],
+            queries,
+            one.length,
+            width,
+            one.position,
+            block_size,
+            topk,
+            local_blocks,
+            sink_blocks,
+            queries <= _FEW_QUERIES,
+            native.dtype_number(index_query.dtype),
+            native.threads_for(work),
+            _TILE,
         )
+        native.run("select_blocks", call)
     return selected
-
-
-def _cut(segment: Segment, index_query: Tensor, index_key: Tensor, selected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    rows, queries = slice(segment.row, segment.row_end), slice(segment.start, segment.end)
-    slots = slice(segment.anchor, segment.anchor + segment.length)
-    return index_query[rows, :, queries], index_key[rows, :, slots], selected[rows, :, queries]

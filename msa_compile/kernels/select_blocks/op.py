@@ -17,6 +17,7 @@ from msa_compile.kernels.arguments import (
     check_visibility,
 )
 from msa_compile.kernels.autocast import register_autocast
+from msa_compile.kernels.register import register
 from msa_compile.kernels.select_blocks import cpu, reference
 
 
@@ -162,15 +163,11 @@ def _run_with(implementation: ModuleType) -> Callable[..., Tensor]:
     return run
 
 
-_op = torch.library.custom_op("msa::select_blocks", _run_with(cpu), mutates_args=(), device_types="cpu")
-# The reference path, not yet a fused kernel: it runs wherever torch does.
-_op.register_kernel("cuda", _run_with(reference))
-
-
-@_op.register_fake
-def _fake(index_query: Tensor, index_key: Tensor, block_size: int, topk: int, *rest: Any) -> Tensor:
+def _fake(index_query: Tensor, index_key: Tensor, block_size: int, topk: int, *rest: Any, **options: Any) -> Tensor:
     return index_query.new_empty((*index_query.shape[:3], topk), dtype=torch.int32)
 
 
+# On CUDA the reference path, not yet a fused kernel: it runs wherever torch does.
+register("select_blocks", cpu=_run_with(cpu), cuda=_run_with(reference), fake=_fake)
 # Index scores keep the precision of their inputs: autocast would round the products that are compared.
 register_autocast("select_blocks", cast_first=0)
