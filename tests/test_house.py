@@ -37,8 +37,8 @@ def _loaded_by(statement: str) -> set[str]:
 
 
 def test_import_loads_no_optional_package_and_prints_nothing():
-    # What torch itself loads is not ours to mend: on a GPU build that may include triton.
-    allowed = _loaded_by("import torch, networkx")
+    # What torch itself loads is not ours to mend: Dynamo loads triton where it is installed.
+    allowed = _loaded_by("import torch, networkx, torch._dynamo")
     loaded = _loaded_by("import msa_compile")
     assert "msa_compile" in loaded
     assert not (loaded - allowed) & set(OPTIONAL)
