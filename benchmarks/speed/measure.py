@@ -190,7 +190,7 @@ def _time(
             continue
         _, row.peak_bytes[name] = peak_above(call, setting.device)
         calls[name] = call
-    rounds = take_rounds(calls, setting.device, seconds=limits.seconds)
+    rounds = take_rounds(calls, setting.device, seconds=limits.seconds, in_a_row=case.in_a_row)
     late = dict(row.seconds)
     row.seconds.clear()
     for name in calls:

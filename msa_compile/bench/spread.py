@@ -69,6 +69,7 @@ def take_rounds(
     seconds: float,
     least: int = 3,
     most: int = 15,
+    in_a_row: int = 1,
 ) -> Rounds:
     """Time calls in turns, as often as fits.
 
@@ -78,9 +79,19 @@ def take_rounds(
         seconds: Time to fill. Fewer than ``least`` rounds are taken only where one alone takes longer.
         least: Fewest rounds.
         most: Most rounds.
+        in_a_row: Calls of a turn; their mean is what counts.
     """
-    functions = list(calls.values())
+    functions = [_repeat(call, in_a_row) for call in calls.values()]
     first = tuple(seconds_of(call, device) for call in functions)
     once = sum(first)
     rounds = 1 if once > seconds else min(most, max(least, int(seconds / max(once, 1e-9))))
-    return Rounds(tuple(calls), (first, *interleaved_seconds(functions, device, rounds - 1)))
+    taken = (first, *interleaved_seconds(functions, device, rounds - 1))
+    return Rounds(tuple(calls), tuple(tuple(seconds / in_a_row for seconds in turn) for turn in taken))
+
+
+def _repeat(call: Callable[[], object], times: int) -> Callable[[], None]:
+    def calls() -> None:
+        for _ in range(times):
+            call()
+
+    return calls

@@ -54,7 +54,7 @@ def half_the_budget(q, k, v, *, is_causal, block_size, topk_blocks, **given):
 
 
 def test_the_registry_names_what_make_bench_offers():
-    assert set(CASES) == {"prefill", "decode", "select", "backward"}
+    assert set(CASES) == {"prefill", "decode", "decode_again", "select", "backward"}
     for name, case in CASES.items():
         assert case.name == name
         assert case.lengths == tuple(sorted(case.lengths))

@@ -1,6 +1,7 @@
 """Spreads, exponents, and the files: synthetic numbers in, text out."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -62,6 +63,14 @@ def test_calls_take_turns():
     assert order == list("abc") * 4
 
 
+def test_calls_of_a_turn_are_averaged():
+    called = []
+    started = time.perf_counter()
+    rounds = take_rounds({"a": lambda: called.append(time.sleep(0.002))}, CPU, seconds=0.0, least=2, most=2, in_a_row=5)
+    assert len(called) in (5, 10)
+    assert 0.002 <= rounds.of("a").low <= (time.perf_counter() - started) / len(called)
+
+
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 1.37, 2.0])
 def test_the_exponent_of_a_power_law_is_found(exponent):
     points = [(2.0**n, 3.0 * (2.0**n) ** exponent) for n in range(11, 18)]
@@ -109,7 +118,7 @@ def test_markdown_has_times_ratios_growth_and_marks():
     assert "| 16,2,64 | fp32 | 2 | sdpa | 1K to 2K | 2.00 | - |" in text
     assert "| fp32, 2 | 200 | 30.0 |" in text
     assert "Not run here: CUDA" in text
-    assert text.count("Not run.") == 4, "decode, select, backward, end_to_end"
+    assert text.count("Not run.") == 5, "decode, decode_again, select, backward, end_to_end"
 
 
 def test_files_keep_the_rows_of_earlier_runs_on_the_same_machine(tmp_path):
