@@ -50,7 +50,7 @@ class Report:
         """
         before = after = 0
         for site in {row.name: row for row in reversed(self.sites)}.values():
-            dense, sparse = site_flops(site, self.config, length)
+            dense, sparse = site_flops(site, self.config.for_site(site.name), length)
             before += dense
             after += sparse
         return before, after
@@ -67,12 +67,15 @@ class Report:
         }
 
     def __str__(self) -> str:
-        text = _rich_table(self) if importlib.util.find_spec("rich") else _plain_table(self)
+        cells = [_cells(site, self.config) for site in self.sites]
+        text = _rich_table(cells) if importlib.util.find_spec("rich") else _plain_table(cells)
         return "\n".join([self._headline(), text.rstrip(), *self._reasons(), *self._dense_calls(), *self._savings()])
 
     def _headline(self) -> str:
         state = "sparsified" if self.sparsified else "not sparsified, nothing was changed"
+        own = sum(self.config.for_site(site.name).topk_blocks != self.config.topk_blocks for site in self.sparse)
         budget = f"{self.config.topk_blocks} blocks of {self.config.block_size} keys"
+        budget += f" ({own} rows with a budget of their own)" if own else ""
         return (
             f"MSA: {len(self.sparse)} sparse and {len(self.dense)} dense rows in {self.graphs} graph(s); {budget}; "
             f"{state}; dense calls: {self.dense_calls}"
@@ -131,27 +134,30 @@ def build_report(
 _COLUMNS = ("site", "source", "form", "Hq/Hkv/D", "mask", "decision", "why")
 
 
-def _cells(site: Site) -> tuple[str, ...]:
+def _cells(site: Site, config: MSAConfig) -> tuple[str, ...]:
     why = site.detail if site.reason is None else f"{site.reason.value}: {site.detail}"
+    own = config.for_site(site.name).topk_blocks
+    if site.decision == "sparse" and own != config.topk_blocks:
+        why += f"; {own} blocks"
     heads = f"{site.query_heads}/{site.key_value_heads or '?'}/{site.head_dim}"
     return (site.name or "<root>", site.source, site.form, heads, site.mask, site.decision, why)
 
 
-def _rich_table(report: Report) -> str:
+def _rich_table(cells: Iterable[tuple[str, ...]]) -> str:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in _COLUMNS:
         table.add_column(column, overflow="fold", no_wrap=column in ("site", "decision", "Hq/Hkv/D"))
-    for site in report.sites:
-        table.add_row(*_cells(site))
+    for row in cells:
+        table.add_row(*row)
     stream = io.StringIO()
     Console(file=stream, width=150).print(table)
     return stream.getvalue()
 
 
-def _plain_table(report: Report) -> str:
-    rows = [_COLUMNS, *(_cells(site) for site in report.sites)]
+def _plain_table(cells: Iterable[tuple[str, ...]]) -> str:
+    rows = [_COLUMNS, *cells]
     widths = [max(len(row[index]) for row in rows) for index in range(len(_COLUMNS))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
