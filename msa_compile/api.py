@@ -120,6 +120,7 @@ class SparseDoor(Door):
         self.discovery = Discovery()
         self.windows: dict[str, int] = {}
         self.expected: set[str] = set()
+        self.evaluated = ""
 
     def adopt(self, discovery: Discovery) -> None:
         """Check what was found, and guard it.
@@ -224,7 +225,8 @@ def explain(model: nn.Module | ExportedProgram, *args: Any, config: MSAConfig | 
                 "explain(model, *args, **kwargs)"
             )
         records = discover_first(model, candidates, used, {} if door is None else door.windows).records
-    return build_report(records, used, counts, sparsified=door is not None)
+    evaluated = door.evaluated if door is not None else ""
+    return build_report(records, used, counts, sparsified=door is not None, evaluated=evaluated)
 
 
 def evaluate(
@@ -267,7 +269,9 @@ def evaluate(
     budget = door.config.topk_blocks * door.config.block_size
     edges = default_edges(budget) if position_edges is None else check_edges(position_edges)
     plan = check_plan(ProbePlan(tuple(probe_lengths), probe_samples, tokenizer, seed))
-    return evaluate_pair(_pair(model, door), batches, edges, plan, progress=progress)
+    evaluation = evaluate_pair(_pair(model, door), batches, edges, plan, progress=progress)
+    door.evaluated = evaluation.headline
+    return evaluation
 
 
 def fit_budget(

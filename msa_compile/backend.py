@@ -157,7 +157,7 @@ class BudgetBackend(MSABackend):
                     topk = self._budgets[owner]
                     below = 0 if topk is not None else _ALWAYS_DENSE
                     node.kwargs = {**node.kwargs, "dense_below": below, "topk": topk or node.kwargs["topk"]}
-                    for user in node.users:
+                    for user in list(node.users):
                         user.kwargs = {**user.kwargs, "dense_below": below}
             body.recompile()
 

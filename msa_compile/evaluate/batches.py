@@ -83,8 +83,9 @@ def read_batch(model: nn.Module, given: Any) -> Batch:
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
+        parts = ", ".join(given) if isinstance(given, Mapping) else f"{len(args)} parts"
         raise BatchError(
-            f"{type(model).__name__}.forward cannot be called with a batch of these parts: {error}. Its signature is "
+            f"{type(model).__name__}.forward cannot be called with a batch of {parts}: {error}. Its signature is "
             f"{signature}. A batch is a dict of keyword arguments, a tuple of positional ones, or one tensor."
         ) from error
     named = _named(bound)

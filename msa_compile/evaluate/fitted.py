@@ -152,6 +152,7 @@ def draw(fit: BudgetFit, path: str | Path) -> None:
         label = DENSE if layer.topk_blocks is None else str(layer.topk_blocks)
         axes[1].annotate(label, (place, 100 * layer.keys_read), ha="center", va="bottom", fontsize=8)
     axes[1].set_ylim(0, 110)
+    axes[1].locator_params(axis="x", integer=True)
     axes[1].set_xlabel("layer, in the order of the model")
     axes[1].set_title("keys read (%), with the number of blocks")
     save_figure(figure, f"Budgets that keep NLL within {fit.max_nll_increase:+.4f}: {fit.nll_increase:+.4f}", path)

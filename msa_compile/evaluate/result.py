@@ -87,15 +87,23 @@ class Evaluation:
     batches: int
     notes: tuple[str, ...]
 
+    @property
+    def headline(self) -> str:
+        """The least that one has to know, in a line."""
+        total = self.total
+        return (
+            f"evaluated on {total.tokens} predictions: NLL {total.nll_change:+.4f} nats a token (+/- "
+            f"{total.nll_error:.4f}), the same best token {total.agreement:.1%} of the time"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """As plain Python values, ready for JSON."""
         return {**asdict(self), "config": dict(self.config.__dict__)}
 
     def __str__(self) -> str:
-        config = self.config
         lines = [
             f"MSA evaluation: {self.total.tokens} predictions of {self.batches} batch(es), dense against "
-            f"{config.topk_blocks} blocks of {config.block_size} keys",
+            f"{_budget(self.config)}",
             to_table(_COLUMNS, [_cells(bucket) for bucket in (*self.buckets, self.total)], left=("position",)),
             "nll: nats a token; same top-1: share of equal best tokens; KL(dense || sparse) of the next token, nats",
         ]
@@ -119,6 +127,11 @@ _PROBE_LEGEND = (
     "probes: share of answer tokens that are the model's best token, the answer so far being given; kept: of those",
     "that dense finds, what sparse finds too. What dense does not find, sparse cannot be blamed for.",
 )
+
+
+def _budget(config: MSAConfig) -> str:
+    own = ", some sites with a budget of their own" if config.budgets else ""
+    return f"{config.topk_blocks} blocks of {config.block_size} keys{own}"
 
 
 def _cells(bucket: Bucket) -> tuple[str, ...]:
@@ -163,10 +176,7 @@ def draw(evaluation: Evaluation, path: str | Path) -> None:
         axis.set_xlabel("position (tokens before)")
     if evaluation.probes:
         _draw_probes(evaluation, axes[3])
-    config = evaluation.config
-    title = (
-        f"Dense against {config.topk_blocks} blocks of {config.block_size} keys, {evaluation.total.tokens} predictions"
-    )
+    title = f"Dense against {_budget(evaluation.config)}, {evaluation.total.tokens} predictions"
     save_figure(figure, title, path)
 
 

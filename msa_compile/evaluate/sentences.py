@@ -23,14 +23,24 @@ def encoder(tokenizer: Any) -> Encode:
         EvaluateArgumentError: It has none.
     """
     encode = getattr(tokenizer, "encode", None)
-    if not callable(encode):
+    # A string has an encode too.
+    if not callable(encode) or isinstance(tokenizer, str):
         raise EvaluateArgumentError(
             f"tokenizer is a {type(tokenizer).__name__} without encode(text); give one that has it, or None for probes "
             "of token ids"
         )
-    if "add_special_tokens" in inspect.signature(encode).parameters:
-        return lambda text: encode(text, add_special_tokens=False)
-    return encode  # type: ignore[no-any-return]
+    options = {"add_special_tokens": False} if "add_special_tokens" in inspect.signature(encode).parameters else {}
+
+    def ids(text: str) -> Sequence[int]:
+        encoded = encode(text, **options)
+        found = list(getattr(encoded, "ids", encoded))
+        if not all(isinstance(token, int) for token in found):
+            raise EvaluateArgumentError(
+                f"encode of the {type(tokenizer).__name__} gives no list of token ids but {encoded!r:.60}"
+            )
+        return found
+
+    return ids
 
 
 def spell(name: str, many: int, choose: torch.Generator) -> tuple[list[str], list[tuple[str, bool]]]:
