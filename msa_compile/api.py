@@ -141,6 +141,18 @@ class SparseDoor(Door):
         """A backend that knows the model and what was found in it."""
         return MSABackend(self.config, self.inner, model=self.module, windows=self.windows, expected=self.expected)
 
+    @contextlib.contextmanager
+    def compiling_with(self, backend: MSABackend) -> Iterator[None]:
+        """For the duration calls are compiled anew, with ``backend``; what was compiled before comes back after it."""
+        with self._lock:
+            kept = self._compiled, self.backend
+            self._compiled, self.backend = {}, backend
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._compiled, self.backend = kept
+
     def before_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find the sites on fake tensors, once."""
         with self._lock:

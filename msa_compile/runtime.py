@@ -179,18 +179,6 @@ class Door(abc.ABC):
         self.after_call()
         return out
 
-    @contextlib.contextmanager
-    def compiling_with(self, backend: Backend) -> Iterator[None]:
-        """For the duration calls are compiled anew, with ``backend``; what was compiled before comes back after it."""
-        with self._lock:
-            kept = self._compiled, self.backend
-            self._compiled, self.backend = {}, backend
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._compiled, self.backend = kept
-
     def _compiled_for(self, kwargs: Mapping[str, Any], *, static: bool) -> Callable[..., Any]:
         """One compiled function for each kind of call, so that the kinds do not use up each other's recompile limit."""
         modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), self.module.training, static)

@@ -138,7 +138,7 @@ def test_every_point_of_the_frontier_is_what_evaluate_measures(fit):
     assert abs(point.nll_increase) > 1e-4
     layer = fit.layers[1]
     topk, increase = layer.alone[-1]
-    alone = MSAConfig(block_size=4, topk_blocks=topk, dense_below=0, include=layer.name)
+    alone = MSAConfig(block_size=4, topk_blocks=64, dense_below=0, budgets={layer.name: topk})
     found = msa_compile.evaluate(sparse(llama(layers=3), alone), DATA, progress=False).total
     assert found.nll_change == pytest.approx(increase, abs=1e-6)
 

@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from runtime.tiny import VOCAB as TINY_VOCAB
+from runtime.tiny import llama
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,7 +24,7 @@ class Retriever(nn.Module):
 
     heads, groups = 4, 2
 
-    def __init__(self, sharpness=60.0):
+    def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         codes = F.normalize(torch.randn(VOCAB, 64, generator=generator), dim=1)
@@ -33,7 +35,7 @@ class Retriever(nn.Module):
         self.head = nn.Linear(self.heads * 64, VOCAB, bias=False)
         now, before = torch.eye(128)[:64], torch.eye(128)[64:]
         with torch.no_grad():
-            self.q.weight.copy_(sharpness * 8 * now.repeat(self.heads, 1))
+            self.q.weight.copy_(480 * now.repeat(self.heads, 1))
             self.k.weight.copy_(before.repeat(self.groups, 1))
             self.v.weight.copy_(now.repeat(self.groups, 1))
             self.head.weight.copy_(codes.repeat(1, self.heads))
@@ -50,9 +52,9 @@ class Retriever(nn.Module):
 
 
 def evaluated(topk, model=None):
-    model = Retriever().eval() if model is None else model
+    model, vocabulary = (Retriever().eval(), VOCAB) if model is None else (model, TINY_VOCAB)
     config = MSAConfig(block_size=8, topk_blocks=topk, dense_below=0)
-    batch = torch.arange(VOCAB).view(2, VOCAB // 2)
+    batch = (torch.arange(VOCAB) % vocabulary).view(2, VOCAB // 2)
     msa_compile.sparsify(model, config, example_inputs=(batch,), inner="eager")
     found = msa_compile.evaluate(model, [batch], probe_lengths=[LENGTH], probe_samples=6, progress=False)
     return {probe.name: probe for probe in found.probes}, str(found)
@@ -74,12 +76,11 @@ def test_what_dense_retrieves_is_found_with_two_blocks_and_lost_with_one():
 
 
 def test_an_untrained_model_is_said_to_be_at_chance():
-    model = Retriever(sharpness=0.0).eval()
-    found, text = evaluated(2, model)
+    found, text = evaluated(2, llama())
     assert set(found) == set(PROBES)
     assert not any(probe.is_informative for probe in found.values())
     assert text.count("dense is at chance: says nothing of sparse") == len(PROBES)
-    assert found["needle"].chance == 1 / VOCAB
+    assert found["needle"].chance == 1 / TINY_VOCAB
 
 
 def test_chance_is_told_from_retrieval_by_how_many_answers_there_are():
@@ -98,7 +99,7 @@ def test_prompts_hold_what_is_asked_for_once_and_before(name):
     hops = MANY if name == "variable-tracking" else 1
     assert asked.sum(1).tolist() == [(hops - 1) * KEY + VALUE] * 6
     for row, wanted in zip(prompts.tolist(), asked.tolist(), strict=True):
-        runs = [list(run) for is_asked, run in itertools.groupby(range(LENGTH), lambda t: wanted[t]) if is_asked]
+        runs = [list(run) for is_asked, run in itertools.groupby(range(LENGTH), wanted.__getitem__) if is_asked]
         assert len(runs) == hops
         assert runs[-1][-1] == LENGTH - 1
         for run in runs:
@@ -120,9 +121,8 @@ def test_keys_of_the_multi_key_probe_differ_in_their_last_token_only():
 def test_needles_lie_everywhere_and_the_seed_decides_where():
     many = ProbePlan((LENGTH,), samples=40)
     prompts, _ = build_prompts("needle", LENGTH, TEXT, many)
-    depths = [
-        next(t for t in range(LENGTH) if row[t : t + KEY] == row[-KEY - VALUE : -VALUE]) for row in prompts.tolist()
-    ]
+    rows = [(row, row[-KEY - VALUE : -VALUE]) for row in prompts.tolist()]
+    depths = [next(t for t in range(LENGTH) if row[t : t + KEY] == key) for row, key in rows]
     assert min(depths) < LENGTH // 4
     assert max(depths) > LENGTH // 2
     again, _ = build_prompts("needle", LENGTH, TEXT, many)
