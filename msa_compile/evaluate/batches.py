@@ -45,20 +45,20 @@ class Batch:
         """How many predictions count."""
         return int((self.target != IGNORED).sum())
 
-    def with_ids(self, ids: Tensor) -> Batch:
-        """A call like this one with other token ids `[B, T]`, none of them padding; every prediction counts."""
-        ids = ids.to(self.ids.device)
-        more: dict[str, Any] = {}
+    def with_ids(self, model: nn.Module, ids: Tensor) -> Batch:
+        """A call like this one with other token ids `[B, T]`, none of them padding.
+
+        Raises:
+            BatchError: The model cannot be called with them alone.
+        """
+        if self.args:
+            return read_batch(model, (ids,))
+        call = {self.name: ids}
         if isinstance(self.named.get("attention_mask"), Tensor):
-            more["attention_mask"] = torch.ones_like(ids)
+            call["attention_mask"] = torch.ones_like(ids)
         if isinstance(self.named.get("position_ids"), Tensor):
-            more["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        if self.named.get("use_cache") is False:
-            more["use_cache"] = False
-        args, kwargs = ((ids,), more) if self.args else ((), {self.name: ids, **more})
-        real = torch.ones_like(ids, dtype=torch.bool)
-        position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        return Batch(args, kwargs, self.name, {self.name: ids, **more}, ids, real, position, _next(ids))
+            call["position_ids"] = torch.arange(ids.shape[1]).expand_as(ids)
+        return read_batch(model, call)
 
 
 def read_batch(model: nn.Module, given: Any) -> Batch:
@@ -67,8 +67,8 @@ def read_batch(model: nn.Module, given: Any) -> Batch:
     A dict is called as keyword arguments, a tuple or list as positional ones, a tensor as the only one; which tensor is
     what is told by the names of `forward`'s parameters: `input_ids` (or the first integer tensor `[B, T]`),
     `attention_mask` (`[B, T]`, 0 where padded), `labels` (the ids again, -100 where they do not count, as transformers
-    has them) and `position_ids`, which start again at each packed document. `labels` of a dict are not handed on, so
-    that the model does not compute a loss that nobody reads.
+    has them) and `position_ids`, which start again at each packed document. `labels` of a dict are not handed on where
+    the model does without, so that it does not compute a loss that nobody reads.
 
     Raises:
         BatchError: It is none of these, or its tensors contradict each other.
@@ -76,8 +76,10 @@ def read_batch(model: nn.Module, given: Any) -> Batch:
     args, kwargs = _as_call(given)
     device = next((parameter.device for parameter in model.parameters()), None)
     args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
-    labels_given = kwargs.pop("labels", None)
     signature = inspect.signature(model.forward)
+    labels_given = kwargs.get("labels")
+    if "labels" not in signature.parameters or signature.parameters["labels"].default is not inspect.Parameter.empty:
+        kwargs.pop("labels", None)
     if "use_cache" in signature.parameters and not args:
         kwargs.setdefault("use_cache", False)
     try:

@@ -161,6 +161,7 @@ def fit(
         with task.pair.dense():
             dense_nll = _mean_nll("dense", model, kept, tokens)
         with task.trying():
+            before = task.pair.dense_calls()
             model(*kept[0].args, **kept[0].kwargs)
             layers = _layers(task.sites())
             steps = len(layers) * len(ladder)
@@ -182,6 +183,7 @@ def fit(
                 except KeyboardInterrupt as stopped:
                     stopped.add_note(f"so far:\n{frontier_table(search.frontier, bar)}")
                     raise
+            dense_calls = task.pair.dense_calls() - before
     if best is None:
         raise BudgetNotMetError(
             f"no budget keeps NLL within {bar:+.4f} nats a token, in no layer:\n"
@@ -195,7 +197,18 @@ def fit(
     frontier = tuple(sorted(search.frontier, key=lambda point: -point.keys_read))
     budgets = dict(zip((layer.name for layer in layers), best.topk_blocks, strict=True))
     fitted = config_for(config, budgets, task.sites())
-    return BudgetFit(fitted, tuple(found), frontier, best.nll_increase, bar, dense_nll, tokens, longest)
+    warning = f"WARNING: {dense_calls} calls of sparse sites ran DENSE meanwhile, so that the budgets are too small"
+    return BudgetFit(
+        config=fitted,
+        layers=tuple(found),
+        frontier=frontier,
+        nll_increase=best.nll_increase,
+        max_nll_increase=bar,
+        dense_nll=dense_nll,
+        tokens=tokens,
+        longest=longest,
+        notes=(warning,) if dense_calls else (),
+    )
 
 
 def config_for(config: MSAConfig, budgets: Budgets, sites: Iterable[Site]) -> MSAConfig:

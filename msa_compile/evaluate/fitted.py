@@ -62,6 +62,7 @@ class BudgetFit:
         dense_nll: Nats a token.
         tokens: Predictions that were measured.
         longest: Tokens of the longest batch.
+        notes: What a reader has to know to read the numbers right.
     """
 
     config: MSAConfig
@@ -72,6 +73,7 @@ class BudgetFit:
     dense_nll: float
     tokens: int
     longest: int
+    notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """As plain Python values, ready for JSON."""
@@ -96,6 +98,7 @@ class BudgetFit:
                 frontier_table(self.frontier, self.max_nll_increase),
                 f"keys read: share of the visible keys at {self.longest} tokens. Apply it with "
                 "sparsify(unsparsify(model), fit.config)",
+                *(f"note: {note}" for note in self.notes),
             ]
         )
 

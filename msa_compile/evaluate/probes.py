@@ -91,13 +91,13 @@ def check_plan(plan: ProbePlan) -> ProbePlan:
 
 
 def run_probes(
-    logits: Logits, example: Batch, text: Tensor, plan: ProbePlan, *, progress: bool
+    logits: Logits, call: Callable[[Tensor], Batch], text: Tensor, plan: ProbePlan, *, progress: bool
 ) -> tuple[ProbeResult, ...]:
     """Every probe at every length, shortest first.
 
     Args:
         logits: Calls the dense and the sparse model.
-        example: A batch of the data; probes are called in the same way.
+        call: Makes a call of the model with token ids `[B, T]`.
         text: Token ids of the data, int64 `[n]`, in which things are hidden.
         plan: Which.
         progress: Whether a bar is shown.
@@ -108,7 +108,7 @@ def run_probes(
         for length in sorted(set(plan.lengths)):
             for name in PROBES:
                 prompts, asked = build_prompts(name, length, text, plan)
-                results.append(_run(logits, example, prompts, asked, name, plan, bar.update))
+                results.append(_run(logits, call, prompts, asked, name, plan, bar.update))
     return tuple(results)
 
 
@@ -137,7 +137,7 @@ def chance_of(plan: ProbePlan, vocabulary: int) -> float:
 
 def _run(
     logits: Logits,
-    example: Batch,
+    call: Callable[[Tensor], Batch],
     prompts: Tensor,
     asked: Tensor,
     name: str,
@@ -149,7 +149,7 @@ def _run(
     found: list[tuple[Tensor, Tensor]] = []
     size = max(1, _MOST_TOKENS // length)
     for part, wanted in zip(prompts.split(size), asked.split(size), strict=True):
-        dense, sparse = logits(example.with_ids(part))
+        dense, sparse = logits(call(part))
         vocabulary = sparse.shape[2]
         # The token before predicts a token; the answer so far is given.
         chunk = wanted.roll(-1, 1).flatten().nonzero()[:, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -70,6 +71,9 @@ def evaluate_pair(
                 for given in check_iterable(batches):
                     batch = read_batch(pair.model, given)
                     if batch.counted:
+                        if plan.lengths and example is None:
+                            # Said now, and not after everything else.
+                            batch.with_ids(pair.model, batch.ids)
                         sums.add_batch(*pair.logits(batch), batch)
                         lengths.append(batch.ids.shape[1])
                         example = batch
@@ -79,7 +83,9 @@ def evaluate_pair(
                     bar.update()
             if example is None:
                 nothing_counts()
-            probes = run_probes(pair.logits, example, torch.cat(text), plan, progress=progress) if text else ()
+            if text:
+                call = functools.partial(example.with_ids, pair.model)
+                probes = run_probes(pair.logits, call, torch.cat(text), plan, progress=progress)
     except KeyboardInterrupt as stopped:
         if lengths:
             stopped.add_note(f"so far:\n{_evaluation(pair, sums, lengths, probes, before)}")

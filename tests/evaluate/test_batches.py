@@ -28,6 +28,11 @@ class Plain(nn.Module):
         return idx
 
 
+class Needs(nn.Module):
+    def forward(self, input_ids, labels, speed):
+        return input_ids
+
+
 class Bare(nn.Module):
     def forward(self, *parts):
         return parts[0]
@@ -72,6 +77,9 @@ def test_labels_say_what_counts_and_are_not_handed_on():
     assert torch.equal(batch.target, target([None, 13, 14, None], [22, None, 24, None]))
     assert set(batch.kwargs) == {"input_ids", "use_cache"}
     assert batch.kwargs["use_cache"] is False
+    needed = read_batch(Needs(), {"input_ids": IDS, "labels": labels, "speed": 3})
+    assert set(needed.kwargs) == {"input_ids", "labels", "speed"}
+    assert torch.equal(needed.target, batch.target)
 
 
 def test_a_packed_document_starts_anew_and_is_not_predicted_from_the_one_before():
@@ -140,12 +148,14 @@ def test_an_output_without_logits_says_what_it_is(output, match):
 def test_other_ids_are_called_in_the_same_way():
     other = torch.arange(12).view(2, 6)
     masked = read_batch(Names(), {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 1, 0]] * 2)})
-    call = masked.with_ids(other)
+    call = masked.with_ids(Names(), other)
     assert call.args == ()
     assert set(call.kwargs) == {"input_ids", "attention_mask", "use_cache"}
     assert bool(call.kwargs["attention_mask"].all())
     assert call.counted == 10
-    assert read_batch(Plain(), IDS).with_ids(other).args[0] is other
+    assert torch.equal(read_batch(Plain(), IDS).with_ids(Plain(), other).args[0], other)
+    with pytest.raises(errors.BatchError, match=r"Needs\.forward cannot be called"):
+        read_batch(Needs(), {"input_ids": IDS, "labels": IDS, "speed": 3}).with_ids(Needs(), other)
 
 
 def test_quiet_puts_every_modules_own_mode_back_also_on_an_error():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runtime.tiny import CONFIG, llama, small, sparse, tokens
+from runtime.tiny import CONFIG, small, sparse, tokens
 
 import msa_compile
 from msa_compile import MSAConfig, errors
@@ -109,7 +109,7 @@ def test_the_config_says_the_budget_of_every_site():
 
 @pytest.fixture(scope="module")
 def model():
-    return sparse(llama(layers=3), MSAConfig(block_size=4, topk_blocks=2, dense_below=0))
+    return sparse(small(), MSAConfig(block_size=4, topk_blocks=2, dense_below=0))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def fit(model):
 def test_what_is_found_keeps_the_bar_when_it_is_applied(fit):
     assert fit.nll_increase <= fit.max_nll_increase == 0.003
     assert min(layer.keys_read for layer in fit.layers) < 1
-    applied = sparse(llama(layers=3), fit.config)
+    applied = sparse(small(), fit.config)
     found = msa_compile.evaluate(applied, DATA, progress=False)
     assert found.total.tokens == fit.tokens
     assert found.total.nll_change == pytest.approx(fit.nll_increase, abs=1e-6)
@@ -132,26 +132,26 @@ def test_what_is_found_keeps_the_bar_when_it_is_applied(fit):
 def test_every_point_of_the_frontier_is_what_evaluate_measures(fit):
     """One budget for all, and the increase of one layer alone, measured once more on a model made for it."""
     point = next(point for point in fit.frontier if point.name == "all 1")
-    one = sparse(llama(layers=3), MSAConfig(block_size=4, topk_blocks=1, dense_below=0))
+    one = sparse(small(), MSAConfig(block_size=4, topk_blocks=1, dense_below=0))
     found = msa_compile.evaluate(one, DATA, progress=False).total
     assert found.nll_change == pytest.approx(point.nll_increase, abs=1e-6)
     assert abs(point.nll_increase) > 1e-4
     layer = fit.layers[1]
     topk, increase = layer.alone[-1]
     alone = MSAConfig(block_size=4, topk_blocks=64, dense_below=0, budgets={layer.name: topk})
-    found = msa_compile.evaluate(sparse(llama(layers=3), alone), DATA, progress=False).total
+    found = msa_compile.evaluate(sparse(small(), alone), DATA, progress=False).total
     assert found.nll_change == pytest.approx(increase, abs=1e-6)
 
 
 def test_the_model_is_left_as_it_was(model, fit):
     ids = DATA[0]
-    want, door, config = model(ids).logits, model.forward, model.forward.config
+    want, door, config = model(ids), model.forward, model.forward.config
     backend = door.backend
     msa_compile.fit_budget(model, iter(DATA), max_nll_increase=0.5, candidates=[2], progress=False)
     assert model.forward is door
     assert door.backend is backend
     assert door.config == config
-    assert torch.equal(model(ids).logits, want)
+    assert torch.equal(model(ids), want)
     assert len(backend.records) == 1
 
 
@@ -165,15 +165,23 @@ def test_text_and_json_hold_the_layers_and_the_frontier(fit, tmp_path):
     assert (tmp_path / "fit.png").stat().st_size > 5000
 
 
+def test_calls_that_ran_dense_meanwhile_are_said(model, fit, monkeypatch):
+    assert fit.notes == ()
+    count = itertools.count()
+    monkeypatch.setattr("msa_compile.api._dense_calls", lambda *_: {"somewhere": next(count)})
+    found = msa_compile.fit_budget(model, DATA, max_nll_increase=1.0, candidates=[2], progress=False)
+    assert "WARNING: 1 calls of sparse sites ran DENSE" in str(found)
+
+
 def test_a_bar_that_nothing_keeps_shows_the_frontier_and_changes_nothing(model):
     door, ids = model.forward, DATA[0]
     with torch.no_grad(), msa_compile.dense(model):
-        best = model(ids).logits.argmax(-1)
+        best = model(ids).argmax(-1)
     # What the dense model would say itself: no other model is as good at that.
     labels = torch.cat([ids[:, :1], best[:, :-1]], 1)
     with pytest.raises(errors.BudgetNotMetError) as caught:
         msa_compile.fit_budget(
-            model, [{"input_ids": ids, "labels": labels}], max_nll_increase=0.0, candidates=[1], progress=False
+            model, [{"ids": ids, "labels": labels}], max_nll_increase=0.0, candidates=[1], progress=False
         )
     assert "no budget keeps NLL within +0.0000 nats a token, in no layer" in str(caught.value)
     assert "all 1" in str(caught.value)
@@ -217,7 +225,7 @@ def test_no_data_and_ctrl_c_leave_the_model_sparse(model, monkeypatch):
         msa_compile.fit_budget(model, DATA, max_nll_increase=0.1, progress=False)
     assert "all 8" in caught.value.__notes__[0]
     assert model.forward is door
-    assert model(DATA[0]).logits.shape[1] == 61
+    assert model(DATA[0]).shape[1] == 61
 
 
 def test_a_model_whose_sites_are_not_known_yet_can_be_fitted():
