@@ -91,11 +91,14 @@ def test_padding_on_either_side_is_left_out():
     check(parts, masked, allowed, counted)
 
 
-def test_what_lies_in_padding_reaches_nothing():
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_what_lies_in_padding_reaches_nothing(has_mask):
     parts = tensors()
     counted = everyone()
     counted[:, 20:] = False
     support = Support(counted=counted, key_end=torch.tensor([20, 20]))
+    if has_mask:
+        support = Support(counted=counted, mask=counted[:, None, None, :])
     want = align_loss(*parts, support)
     poisoned = [part.detach().clone() for part in parts]
     for part in poisoned:

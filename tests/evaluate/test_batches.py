@@ -69,6 +69,8 @@ def test_padding_counts_on_neither_side_and_moves_positions():
     assert torch.equal(batch.target, target([12, 13, None, None], [None, None, 24, None]))
     assert batch.position[1].tolist() == [0, 0, 0, 1]
     assert batch.position[0, :3].tolist() == [0, 1, 2]
+    hole = read_batch(Names(), {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 0, 1]] * 2)})
+    assert torch.equal(hole.target, target([12, None, None, None], [22, None, None, None]))
 
 
 def test_labels_say_what_counts_and_are_not_handed_on():
