@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from msa_compile._compat import compiled_module_class
-from msa_compile.backend import MSABackend, check_inner, check_strict
+from msa_compile.backend import BudgetBackend, MSABackend, check_inner, check_strict
 from msa_compile.config import MSAConfig
 from msa_compile.discover import (
     CallInputs,
@@ -32,6 +32,12 @@ from msa_compile.errors import (
     NotAModuleError,
     NotSparseError,
 )
+from msa_compile.evaluate.budget import BudgetTask, fit
+from msa_compile.evaluate.compare import check_edges, default_edges
+from msa_compile.evaluate.fitted import BudgetFit
+from msa_compile.evaluate.probes import ProbePlan, check_plan
+from msa_compile.evaluate.result import Evaluation
+from msa_compile.evaluate.run import Pair, evaluate_pair
 from msa_compile.kernels.given_mask import biased_calls
 from msa_compile.passes.pipeline import run_passes
 from msa_compile.report import Report, build_report
@@ -114,6 +120,7 @@ class SparseDoor(Door):
         self.discovery = Discovery()
         self.windows: dict[str, int] = {}
         self.expected: set[str] = set()
+        self.evaluated = ""
 
     def adopt(self, discovery: Discovery) -> None:
         """Check what was found, and guard it.
@@ -133,6 +140,18 @@ class SparseDoor(Door):
     def new_backend(self) -> MSABackend:
         """A backend that knows the model and what was found in it."""
         return MSABackend(self.config, self.inner, model=self.module, windows=self.windows, expected=self.expected)
+
+    @contextlib.contextmanager
+    def compiling_with(self, backend: MSABackend) -> Iterator[None]:
+        """For the duration calls are compiled anew, with ``backend``; what was compiled before comes back after it."""
+        with self._lock:
+            kept = self._compiled, self.backend
+            self._compiled, self.backend = {}, backend
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._compiled, self.backend = kept
 
     def before_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find the sites on fake tensors, once."""
@@ -206,14 +225,10 @@ def explain(model: nn.Module | ExportedProgram, *args: Any, config: MSAConfig | 
     if door is not None and config is not None and config != door.config:
         raise AlreadySparseError("the model is sparsified with a config of its own; unsparsify it to examine another")
     used = door.config if door is not None else config or MSAConfig()
-    counts: dict[str, int] = {name: int(token.item()) for name, token in marker_tokens(model).items()}
+    counts = _dense_calls(model, door)
     records = () if door is None or door.backend is None else tuple(door.backend.records)
     if door is not None:
         records = records or door.discovery.records
-        if door.backend is not None:
-            counts["in our graphs"] = door.backend.dense_calls.total()
-            number = door.backend.number
-            counts["biased masks"] = sum(count for (owner, _), count in biased_calls.items() if owner == number)
     if args or kwargs or not records:
         candidates = [CallInputs(args, kwargs)] if args or kwargs else candidate_inputs(model, None)
         if not candidates:
@@ -222,7 +237,121 @@ def explain(model: nn.Module | ExportedProgram, *args: Any, config: MSAConfig | 
                 "explain(model, *args, **kwargs)"
             )
         records = discover_first(model, candidates, used, {} if door is None else door.windows).records
-    return build_report(records, used, counts, sparsified=door is not None)
+    evaluated = door.evaluated if door is not None else ""
+    return build_report(records, used, counts, sparsified=door is not None, evaluated=evaluated)
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    probe_lengths: Sequence[int] = (),
+    probe_samples: int = 8,
+    tokenizer: Any = None,
+    position_edges: Sequence[int] | None = None,
+    progress: bool = True,
+    seed: int = 0,
+) -> Evaluation:
+    """Compare the sparse model with the dense one on your data; ``print`` the result, or ``plot`` it.
+
+    Both are called on every batch, in eval mode and without gradients; the model is left as it was, on errors and on
+    Ctrl-C too. What counts is the next token of every token that is not padding: of the ids themselves, or of
+    ``labels``, where -100 does not count. Memory: the dense logits of one batch are kept in main memory beside the
+    sparse ones, in the model's own dtype.
+
+    Args:
+        model: A sparsified model.
+        batches: Dicts of keyword arguments, tuples of positional ones, or tensors of token ids; any iterable.
+        probe_lengths: Tokens of the prompts in which a needle, one of many needles and a chain of variables have to be
+            found again; none is no probes.
+        probe_samples: Prompts of each probe and length.
+        tokenizer: Something with ``encode(text)``, for probes in English; without it they are made of token ids alone,
+            and measure whether the model repeats what it saw once in your text.
+        position_edges: Positions at which a row of the table starts; default: the budget, and then doubling.
+        progress: Whether a bar is shown, where tqdm is installed.
+        seed: Of what the probes hide, and where.
+
+    Raises:
+        NotSparseError: The model is not sparsified, or is dense in a ``with dense(model)`` block.
+        BatchError, EmptyDataError: The batches will not do.
+        NoLogitsError, NonFiniteError: What the model returns will not do.
+        EvaluateArgumentError: A number is outside its legal range.
+    """
+    door = _require_sparse(model)
+    budget = door.config.topk_blocks * door.config.block_size
+    edges = default_edges(budget) if position_edges is None else check_edges(position_edges)
+    plan = check_plan(ProbePlan(tuple(probe_lengths), probe_samples, tokenizer, seed))
+    evaluation = evaluate_pair(_pair(model, door), batches, edges, plan, progress=progress)
+    door.evaluated = evaluation.headline
+    return evaluation
+
+
+def fit_budget(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    max_nll_increase: float,
+    candidates: Sequence[int] | None = None,
+    progress: bool = True,
+) -> BudgetFit:
+    """Find the fewest blocks a layer that keep the loss on your data within a bar; layers may stay dense.
+
+    First every layer alone is tried with every candidate, the others dense. Then budgets are taken away where that
+    costs least for the keys that it saves, as far as the bar allows; what is returned was measured as it is. Calls are
+    sparse however short they are (``dense_below=0``), and only captured, not compiled further. The model is left as it
+    was: apply the result with ``sparsify(unsparsify(model), fit.config)``.
+
+    Args:
+        model: A sparsified model; its other settings stay.
+        batches: As for :func:`evaluate`; they are gone through about once for each layer and candidate, so a few will
+            do. They have to be longer than the budgets to try.
+        max_nll_increase: The bar: mean negative log-likelihood may rise by that much, in nats a token.
+        candidates: Blocks a query to try; default: powers of two below what the longest batch has.
+        progress: Whether a bar is shown, where tqdm is installed.
+
+    Returns:
+        The config, the budget of each layer, and the frontier; ``print`` or ``plot`` it.
+
+    Raises:
+        BudgetNotMetError: No candidate keeps the bar in any layer.
+        EvaluateArgumentError: A number is outside its legal range, or the batches are too short to choose.
+        NotSparseError, BatchError, EmptyDataError, NoLogitsError, NonFiniteError: As for :func:`evaluate`.
+    """
+    door = _require_sparse(model)
+    backend = BudgetBackend(door.config, model, door.windows, door.expected)
+    task = BudgetTask(
+        pair=_pair(model, door),
+        trying=lambda: door.compiling_with(backend),
+        set_budgets=backend.set_budgets,
+        sites=lambda: tuple(site for record in backend.records for site in record.sites if site.decision == "sparse"),
+    )
+    return fit(task, batches, max_nll_increase, candidates, progress=progress)
+
+
+def _pair(model: nn.Module, door: SparseDoor) -> Pair:
+    def dense_below() -> int:
+        sites = [site for record in door.backend.records for site in record.sites] if door.backend else []
+        return max((site.dense_below.keys for site in sites if site.dense_below), default=0)
+
+    return Pair(model, door.config, lambda: dense(model), lambda: sum(_dense_calls(model, door).values()), dense_below)
+
+
+def _dense_calls(model: nn.Module, door: Door | None) -> dict[str, int]:
+    """How often sites ran dense although the model is sparsified, by where that was noticed."""
+    counts: dict[str, int] = {name: int(token.item()) for name, token in marker_tokens(model).items()}
+    if door is not None and door.backend is not None:
+        counts["in our graphs"] = door.backend.dense_calls.total()
+        number = door.backend.number
+        counts["biased masks"] = sum(count for (owner, _), count in biased_calls.items() if owner == number)
+    return counts
+
+
+def _require_sparse(model: nn.Module) -> SparseDoor:
+    door = _require_door(model)
+    if model.__dict__.get("forward") is not door:
+        raise NotSparseError("the model is dense in this `with msa_compile.dense(model)` block; call it outside")
+    assert isinstance(door, SparseDoor), "there is one kind of door"
+    return door
 
 
 def _require_door(model: nn.Module) -> Door:

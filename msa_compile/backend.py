@@ -6,22 +6,25 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from msa_compile._compat import TensorifyScalarRestartAnalysis, lookup_backend, restore_paths
+from msa_compile._compat import TensorifyScalarRestartAnalysis, graphs_in, lookup_backend, restore_paths
 from msa_compile.config import MSAConfig
 from msa_compile.errors import CaptureError, ConfigError, MSAError, SiteRefusedError, UnknownOptionError
 from msa_compile.passes.pipeline import run_passes
+from msa_compile.passes.rewrite_attention import SITE
 from msa_compile.records import GraphRecord, Reason, Site
 from msa_compile.runtime import marker_nodes
 
 log = logging.getLogger(__name__)
 
 _numbers = itertools.count()
+_ALWAYS_DENSE = 2**62
 INNER_COMPILERS = ("inductor", "aot_eager", "eager")
 
 
@@ -120,6 +123,43 @@ class MSABackend:
             return compiled(*args)
 
         return count_and_run
+
+
+class BudgetBackend(MSABackend):
+    """Sparse graphs whose budgets change between calls, to try many on one capture; nothing is compiled further.
+
+    Every site is sparse, however short the call, until its budget says otherwise.
+    """
+
+    def __init__(self, config: MSAConfig, model: nn.Module, windows: dict[str, int], expected: Collection[str]) -> None:
+        every = replace(config, dense_below=0)
+        super().__init__(every, "eager", model=model, windows=windows, expected=expected)
+        self._graphs: list[GraphModule] = []
+        self._budgets: dict[str, int | None] = {}
+
+    def set_budgets(self, budgets: Mapping[str, int | None]) -> None:
+        """Give each site its number of blocks, by the path of its owner; ``None`` is dense. The others keep theirs."""
+        self._budgets.update(budgets)
+        for gm in self._graphs:
+            self._apply(gm)
+
+    def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self._graphs.append(gm)
+        self._apply(gm)
+        # The graph's own forward is made anew when a budget changes.
+        return lambda *args: gm(*args)
+
+    def _apply(self, gm: GraphModule) -> None:
+        for body in graphs_in(gm):
+            for node in body.graph.nodes:
+                owner = str(node.meta.get(SITE, "")).split(":")[0]
+                if SITE in node.meta and owner in self._budgets:
+                    topk = self._budgets[owner]
+                    below = 0 if topk is not None else _ALWAYS_DENSE
+                    node.kwargs = {**node.kwargs, "dense_below": below, "topk": topk or node.kwargs["topk"]}
+                    for user in list(node.users):
+                        user.kwargs = {**user.kwargs, "dense_below": below}
+            body.recompile()
 
 
 def check_inner(inner: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NoReturn
 
@@ -27,6 +27,8 @@ class MSAConfig:
     512
     >>> config.matches("lm.layers.0.self_attn"), config.matches("lm.layers.1.self_attn")
     (False, True)
+    >>> MSAConfig(budgets={"lm.layers.0.*": 32}).for_site("lm.layers.0.self_attn").topk_blocks
+    32
 
     Args:
         block_size: Keys in a block, 1 to 65536.
@@ -43,6 +45,8 @@ class MSAConfig:
             sparse from being the slower one: a break-even that is measured once a machine and shape, for two or three
             seconds when the first graph is compiled, and kept on disk; `topk_blocks * block_size` at least.
         strict: Whether a site that is meant but has to stay dense is an error.
+        budgets: `topk_blocks` of single sites, by glob over module paths; of several that match, the first counts. A
+            dict becomes a tuple of pairs. :func:`msa_compile.fit_budget` finds them.
 
     Raises:
         ConfigError: A field is outside its legal range.
@@ -57,6 +61,7 @@ class MSAConfig:
     exclude: tuple[str, ...] | str = ()
     dense_below: int | Literal["auto"] = "auto"
     strict: bool = False
+    budgets: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         self._check_int("block_size", 1, MAX_BLOCK_SIZE)
@@ -76,6 +81,7 @@ class MSAConfig:
             self._refuse("dense_below", "'auto' or an int of 0 or more")
         if not isinstance(self.strict, bool):
             self._refuse("strict", "True or False")
+        object.__setattr__(self, "budgets", self.own_budgets)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None, *, also: Iterable[str] = ()) -> MSAConfig:
@@ -115,6 +121,11 @@ class MSAConfig:
             fnmatchcase(name, glob) for glob in self.exclude
         )
 
+    def for_site(self, name: str) -> MSAConfig:
+        """The config of the site with the module path `name`: `topk_blocks` is its own, and `budgets` is empty."""
+        own = (topk for glob, topk in self.own_budgets if fnmatchcase(name, glob))
+        return replace(self, topk_blocks=next(own, self.topk_blocks), budgets=())
+
     def resolved_dense_below(self) -> int:
         """The number of keys up to which a call takes the dense path; the least that it can be for `"auto"`.
 
@@ -138,6 +149,18 @@ class MSAConfig:
         if globs is None or not all(isinstance(glob, str) for glob in globs):
             self._refuse(field, "a glob over module paths, or a tuple or list of globs")
         return globs
+
+    @property
+    def own_budgets(self) -> tuple[tuple[str, int], ...]:
+        """`budgets` as pairs of a glob and a number of blocks."""
+        given = self.budgets
+        pairs = tuple(given.items()) if isinstance(given, Mapping) else given
+        if not isinstance(pairs, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+            self._refuse("budgets", "a dict from globs over module paths to numbers of blocks")
+        least = self.local_blocks + self.sink_blocks
+        if not all(isinstance(glob, str) and _is_int(topk) and topk >= least for glob, topk in pairs):
+            self._refuse("budgets", f"globs over module paths with ints from {least} (local_blocks + sink_blocks)")
+        return pairs
 
     def _refuse(self, field: str, legal: str) -> NoReturn:
         raise ConfigError(f"MSAConfig.{field} is {getattr(self, field)!r}; it must be {legal}")

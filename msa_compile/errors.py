@@ -75,3 +75,31 @@ class UnknownModelError(MSAError, ValueError):
 
 class BenchArgumentError(MSAError, ValueError):
     """Raised when `msa_compile.bench` is given lengths, layers or a device that it cannot measure."""
+
+
+class EvaluateArgumentError(MSAError, ValueError):
+    """Raised when `evaluate` or `fit_budget` is given a number or a name outside its legal range."""
+
+
+class BatchError(MSAError, TypeError):
+    """Raised when a batch is nothing that the model can be called with, or does not say which tokens it holds."""
+
+
+class EmptyDataError(MSAError, ValueError):
+    """Raised when there is no batch, or no token in the batches that counts."""
+
+
+class NoLogitsError(MSAError, ValueError):
+    """Raised when a model returns no logits, or logits that are not those of every token."""
+
+
+class NonFiniteError(MSAError, ArithmeticError):
+    """Raised when a model's logits hold NaN or infinities, so that no number made of them means anything."""
+
+
+class BudgetNotMetError(MSAError, ValueError):
+    """Raised when no budget that `fit_budget` tried keeps the bar, so that every layer would have to stay dense."""
+
+
+class MissingPackageError(MSAError, ImportError):
+    """Raised when an optional package is needed for what was asked, and is not installed."""

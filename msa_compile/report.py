@@ -6,6 +6,7 @@ import importlib.util
 import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from msa_compile.config import MSAConfig
@@ -24,6 +25,7 @@ class Report:
         graphs: How many graphs were captured.
         dense_calls: How often a site ran dense although the model is sparsified; 0 is what it should be.
         sparsified: Whether the model is sparsified now.
+        evaluated: What the last :func:`msa_compile.evaluate` found, in a line; ``""`` before there was one.
     """
 
     sites: tuple[Site, ...]
@@ -31,6 +33,7 @@ class Report:
     graphs: int
     dense_calls: int
     sparsified: bool
+    evaluated: str = ""
 
     @property
     def sparse(self) -> tuple[Site, ...]:
@@ -50,7 +53,7 @@ class Report:
         """
         before = after = 0
         for site in {row.name: row for row in reversed(self.sites)}.values():
-            dense, sparse = site_flops(site, self.config, length)
+            dense, sparse = site_flops(site, self.config.for_site(site.name), length)
             before += dense
             after += sparse
         return before, after
@@ -63,16 +66,20 @@ class Report:
             "graphs": self.graphs,
             "dense_calls": self.dense_calls,
             "sparsified": self.sparsified,
+            "evaluated": self.evaluated,
             "flops": {length: list(self.flops(length)) for length in LENGTHS},
         }
 
     def __str__(self) -> str:
-        text = _rich_table(self) if importlib.util.find_spec("rich") else _plain_table(self)
-        return "\n".join([self._headline(), text.rstrip(), *self._reasons(), *self._dense_calls(), *self._savings()])
+        cells = [_cells(site, self.config) for site in self.sites]
+        text = _rich_table(cells) if importlib.util.find_spec("rich") else _plain_table(cells)
+        return "\n".join([self._headline(), text.rstrip(), *self._reasons(), *self._settings(), *self._savings()])
 
     def _headline(self) -> str:
         state = "sparsified" if self.sparsified else "not sparsified, nothing was changed"
+        own = sum(self.config.for_site(site.name).topk_blocks != self.config.topk_blocks for site in self.sparse)
         budget = f"{self.config.topk_blocks} blocks of {self.config.block_size} keys"
+        budget += f" ({own} rows with a budget of their own)" if own else ""
         return (
             f"MSA: {len(self.sparse)} sparse and {len(self.dense)} dense rows in {self.graphs} graph(s); {budget}; "
             f"{state}; dense calls: {self.dense_calls}"
@@ -82,10 +89,14 @@ class Report:
         reasons = dict.fromkeys(site.reason for site in self.dense if site.reason)
         return [f"  {reason.value}: {reason.sentence}" for reason in reasons]
 
-    def _dense_calls(self) -> list[str]:
-        return [
-            f"  {said}" for said in dict.fromkeys(str(site.dense_below) for site in self.sparse if site.dense_below)
+    def _settings(self) -> list[str]:
+        said = dict.fromkeys(str(site.dense_below) for site in self.sparse if site.dense_below)
+        unused = [
+            f"budgets: {glob!r} matches no site"
+            for glob, _ in self.config.own_budgets
+            if not any(fnmatchcase(site.name, glob) for site in self.sites)
         ]
+        return [f"  {line}" for line in (*said, *unused)]
 
     def _savings(self) -> list[str]:
         lines = ["attention FLOPs of one prefill (products only), dense -> as decided:"]
@@ -95,9 +106,8 @@ class Report:
             name = f"{length // 1024}K" if length < 2**20 else f"{length // 2**20}M"
             lines.append(f"  {name:>5} tokens  {before:9.2e} -> {after:9.2e}  {ratio:5.1f}x")
         if self.sparse:
-            lines.append(
-                "  not evaluated on your data yet: MSA is an approximation of dense attention beyond the budget"
-            )
+            unknown = "not evaluated on your data yet: MSA is an approximation of dense attention beyond the budget"
+            lines.append(f"  {self.evaluated or unknown}")
         return lines
 
 
@@ -114,7 +124,12 @@ def site_flops(site: Site, config: MSAConfig, length: int) -> tuple[int, int]:
 
 
 def build_report(
-    records: Iterable[GraphRecord], config: MSAConfig, dense_calls: Mapping[str, int], *, sparsified: bool
+    records: Iterable[GraphRecord],
+    config: MSAConfig,
+    dense_calls: Mapping[str, int],
+    *,
+    sparsified: bool,
+    evaluated: str = "",
 ) -> Report:
     """Put the records of all graphs together; equal rows of different graphs become one."""
     rows: dict[Site, tuple[int, ...]] = {}
@@ -125,33 +140,36 @@ def build_report(
             key = replace(site, graph=())
             rows[key] = (*rows.get(key, ()), index)
     sites = tuple(replace(site, graph=where) for site, where in rows.items())
-    return Report(sites, config, graphs, sum(dense_calls.values()), sparsified)
+    return Report(sites, config, graphs, sum(dense_calls.values()), sparsified, evaluated)
 
 
 _COLUMNS = ("site", "source", "form", "Hq/Hkv/D", "mask", "decision", "why")
 
 
-def _cells(site: Site) -> tuple[str, ...]:
+def _cells(site: Site, config: MSAConfig) -> tuple[str, ...]:
     why = site.detail if site.reason is None else f"{site.reason.value}: {site.detail}"
+    own = config.for_site(site.name).topk_blocks
+    if site.decision == "sparse" and own != config.topk_blocks:
+        why += f"; {own} blocks"
     heads = f"{site.query_heads}/{site.key_value_heads or '?'}/{site.head_dim}"
     return (site.name or "<root>", site.source, site.form, heads, site.mask, site.decision, why)
 
 
-def _rich_table(report: Report) -> str:
+def _rich_table(cells: Iterable[tuple[str, ...]]) -> str:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in _COLUMNS:
         table.add_column(column, overflow="fold", no_wrap=column in ("site", "decision", "Hq/Hkv/D"))
-    for site in report.sites:
-        table.add_row(*_cells(site))
+    for row in cells:
+        table.add_row(*row)
     stream = io.StringIO()
     Console(file=stream, width=150).print(table)
     return stream.getvalue()
 
 
-def _plain_table(report: Report) -> str:
-    rows = [_COLUMNS, *(_cells(site) for site in report.sites)]
+def _plain_table(cells: Iterable[tuple[str, ...]]) -> str:
+    rows = [_COLUMNS, *cells]
     widths = [max(len(row[index]) for row in rows) for index in range(len(_COLUMNS))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

@@ -15,7 +15,7 @@ def test_defaults_are_the_published_ones():
     config = MSAConfig()
     assert (config.block_size, config.topk_blocks, config.local_blocks, config.sink_blocks) == (128, 16, 1, 0)
     assert (config.indexer, config.include, config.exclude) == ("auto", ("*",), ())
-    assert (config.dense_below, config.strict) == ("auto", False)
+    assert (config.dense_below, config.strict, config.budgets) == ("auto", False, ())
 
 
 def test_config_is_frozen_hashable_and_survives_pickling():
@@ -56,6 +56,11 @@ def test_config_is_frozen_hashable_and_survives_pickling():
         ("dense_below", None, "'auto' or an int of 0 or more"),
         ("strict", 1, "True or False"),
         ("strict", "yes", "True or False"),
+        ("budgets", 3, "a dict from globs"),
+        ("budgets", ("a", 3), "a dict from globs"),
+        ("budgets", {"*": 0}, "ints from 1 (local_blocks + sink_blocks)"),
+        ("budgets", {"*": True}, "ints from 1"),
+        ("budgets", {3: 4}, "globs over module paths"),
     ],
 )
 def test_illegal_value_names_field_value_and_range(field, value, legal):
@@ -115,6 +120,18 @@ def test_one_string_is_one_glob_and_a_list_becomes_a_tuple():
 )
 def test_matches_takes_include_and_lets_exclude_win(include, exclude, name, expected):
     assert MSAConfig(include=include, exclude=exclude).matches(name) is expected
+
+
+def test_a_site_has_its_own_budget_and_the_first_glob_counts():
+    config = MSAConfig(budgets={"layers.0.*": 64, "layers.*": 8}, exclude="lm.*")
+    assert config.budgets == (("layers.0.*", 64), ("layers.*", 8))
+    assert hash(config) == hash(MSAConfig(budgets=(("layers.0.*", 64), ("layers.*", 8)), exclude="lm.*"))
+    assert config != MSAConfig(exclude="lm.*")
+    names = ("layers.0.attn", "layers.1.attn", "tail")
+    assert [config.for_site(name).topk_blocks for name in names] == [64, 8, 16]
+    assert config.for_site("tail") == MSAConfig(exclude="lm.*")
+    with pytest.raises(ConfigError, match=r"ints from 3"):
+        MSAConfig(local_blocks=2, sink_blocks=1, budgets={"*": 2})
 
 
 @pytest.mark.parametrize(("dense_below", "expected"), [("auto", 512), (0, 0), (7, 7)])

@@ -44,6 +44,11 @@ def test_import_loads_no_optional_package_and_prints_nothing():
     assert not (loaded - allowed) & set(OPTIONAL)
 
 
+def test_a_verb_keeps_its_name_beside_the_folder_that_is_called_like_it():
+    code = "import msa_compile, msa_compile.evaluate.budget; assert callable(msa_compile.evaluate)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_version_is_that_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert msa_compile.__version__ == project["version"]

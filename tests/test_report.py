@@ -44,6 +44,16 @@ def test_flops_of_what_runs_dense_are_dense():
     )
 
 
+def test_a_budget_of_its_own_is_counted_said_and_missed_where_it_matches_nothing():
+    config = MSAConfig(budgets={"layers.0.*": 32, "layrs.*": 4})
+    assert report_of(PAPER, config=config).flops(2**20) == site_flops(PAPER, MSAConfig(topk_blocks=32), 2**20)
+    text = str(report_of(PAPER, config=config))
+    assert "16 blocks of 128 keys (1 rows with a budget of their own)" in text
+    assert "32 blocks" in text
+    assert "budgets: 'layrs.*' matches no site" in text
+    assert "'layers.0.*' matches no site" not in text
+
+
 def test_flops_count_a_site_once_though_many_graphs_have_it():
     record = GraphRecord((PAPER,), 10, 0.1, 0.1)
     other = GraphRecord((dataclasses.replace(PAPER, mask="given"),), 10, 0.1, 0.1)

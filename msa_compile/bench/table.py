@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
-
 from msa_compile.bench.amdahl import ceiling
 from msa_compile.bench.model import DENSE, SPARSE, LengthResult, ModelResult
 from msa_compile.bench.spread import Spread
+from msa_compile.table import to_table
 
 _COLUMNS = ("length", "what", "dense", "sparse", "sparse is", "attention of dense", "ceiling")
 
@@ -15,8 +13,8 @@ _COLUMNS = ("length", "what", "dense", "sparse", "sparse is", "attention of dens
 def to_text(result: ModelResult) -> str:
     """For a terminal; with rich where it is installed."""
     rows = [row for length in result.lengths for row in _rows(length)]
-    table = (_rich_table if importlib.util.find_spec("rich") else _plain_table)(rows) if rows else ""
-    return "\n".join([*_head(result), *([table.rstrip()] if table else []), *_foot(result)])
+    table = [to_table(_COLUMNS, rows, left=("what",))] if rows else []
+    return "\n".join([*_head(result), *table, *_foot(result)])
 
 
 def to_markdown(result: ModelResult) -> list[str]:
@@ -98,23 +96,3 @@ def _seconds(spread: Spread) -> str:
 
 def _bytes(count: int | None) -> str:
     return "not measured" if count is None else f"{count / 2**20:.0f} MiB"
-
-
-def _rich_table(rows: list[tuple[str, ...]]) -> str:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in _COLUMNS:
-        table.add_column(column, justify="left" if column == "what" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    stream = io.StringIO()
-    Console(file=stream, width=150).print(table)
-    return stream.getvalue()
-
-
-def _plain_table(rows: list[tuple[str, ...]]) -> str:
-    cells = [_COLUMNS, *rows]
-    widths = [max(len(row[index]) for row in cells) for index in range(len(_COLUMNS))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)

@@ -91,7 +91,8 @@ def _run_on_body(body: GraphModule, config: MSAConfig, windows: dict[str, int], 
         if owner is not None and site.decision == "sparse":
             assert found.proved is not None, "a sparse site is proved"
             assert site.dense_below is not None, "a sparse site has its dense threshold"
-            rewrite_attention(body.graph, found.proved, site.name, config, site.dense_below.keys, owner)
+            own = config.for_site(site.name)
+            rewrite_attention(body.graph, found.proved, site.name, own, site.dense_below.keys, owner)
     sites = [site for _, site in plans]
     _erase_markers(body, {site.name.split(":")[0] for site in sites})
     eliminate_dead_code(body.graph)

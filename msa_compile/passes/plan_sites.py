@@ -52,5 +52,5 @@ def _decide(entry: Found, config: MSAConfig, windows: dict[str, int], measure: b
         indexer=None if reason else "keys",
         dense_below=None
         if reason or entry.proved is None
-        else choose_dense_below(entry.proved, config, measure=measure),
+        else choose_dense_below(entry.proved, config.for_site(entry.name), measure=measure),
     )

@@ -18,6 +18,8 @@ from msa_compile.passes.graph_facts import tensor_value
 
 aten = torch.ops.aten
 
+SITE = "msa_site"  # metadata of a `select_blocks` node: the name of its site
+
 
 def rewrite_attention(graph: Graph, proved: Proved, name: str, config: MSAConfig, dense_below: int, owner: int) -> None:
     """Replace one proved attention in ``graph`` by the MSA ops; the old nodes stay, without users.
@@ -25,7 +27,7 @@ def rewrite_attention(graph: Graph, proved: Proved, name: str, config: MSAConfig
     Args:
         graph: The canonical graph, changed in place.
         proved: What detection proved.
-        name: Site name, for errors at run time.
+        name: Site name, for errors at run time, and for who looks for a site's ops in the graph.
         config: Block size and budget, which become arguments of the ops and so part of every compile-cache key.
         dense_below: Calls with at most this many keys run dense; an argument of the ops too.
         owner: Number of the compiled model.
@@ -45,6 +47,7 @@ def rewrite_attention(graph: Graph, proved: Proved, name: str, config: MSAConfig
         sink_blocks=config.sink_blocks,
         **shared,
     )
+    block_ids.meta[SITE] = name
     sinks = None if attention.sinks is None else emit.sinks(attention.sinks)
     out = emit(
         torch.ops.msa.block_sparse_attention.default,
