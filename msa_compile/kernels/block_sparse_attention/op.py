@@ -18,7 +18,7 @@ from msa_compile.kernels.arguments import (
     check_visibility,
 )
 from msa_compile.kernels.autocast import register_autocast
-from msa_compile.kernels.block_sparse_attention import cpu, reference
+from msa_compile.kernels.block_sparse_attention import cpu, cuda, reference
 from msa_compile.kernels.block_sparse_attention.dense import attend_densely
 
 
@@ -280,9 +280,8 @@ _backward_op = torch.library.custom_op(
     mutates_args=(),
     device_types="cpu",
 )
-# The reference path, not yet a fused kernel: it runs wherever torch does.
-_op.register_kernel("cuda", _run_with(reference))
-_backward_op.register_kernel("cuda", _run_backward_with(reference))
+_op.register_kernel("cuda", _run_with(cuda))
+_backward_op.register_kernel("cuda", _run_backward_with(cuda))
 
 
 @_op.register_fake

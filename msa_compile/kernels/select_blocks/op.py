@@ -17,7 +17,7 @@ from msa_compile.kernels.arguments import (
     check_visibility,
 )
 from msa_compile.kernels.autocast import register_autocast
-from msa_compile.kernels.select_blocks import cpu, reference
+from msa_compile.kernels.select_blocks import cpu, cuda
 
 
 def select_blocks(
@@ -163,8 +163,7 @@ def _run_with(implementation: ModuleType) -> Callable[..., Tensor]:
 
 
 _op = torch.library.custom_op("msa::select_blocks", _run_with(cpu), mutates_args=(), device_types="cpu")
-# The reference path, not yet a fused kernel: it runs wherever torch does.
-_op.register_kernel("cuda", _run_with(reference))
+_op.register_kernel("cuda", _run_with(cuda))
 
 
 @_op.register_fake
