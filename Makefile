@@ -5,7 +5,7 @@ PYTHON ?= python3
 # A torch that the user names is always installed; the default only where .venv has none that will do.
 TORCH_GIVEN := $(if $(filter undefined,$(origin TORCH)),,$(TORCH))
 TORCH ?= torch==2.13.0
-EXTRAS := hf,viz,dev
+EXTRAS := hf,viz,triton,dev
 ARGS ?=
 
 BIN := .venv/bin
@@ -23,11 +23,16 @@ demo: $(STAMP) ## train a small model, make it sparse, compare; ARGS="--model NA
 
 # One thread for each of the two workers: more would only wait for each other. Each worker starts with one half of the
 # tests in order, so that a model that many tests share is compiled once.
+# The Triton kernels run as numpy in processes of their own, because importing them decides how they run.
+INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/interpreted
+
 test: check ## check, then the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow"
+	$(INTERPRETED)
 
 test-all: check ## check, then every test, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+	$(INTERPRETED)
 
 census: $(STAMP) ## check every causal language model of transformers (about an hour); ARGS="llama bart" checks these
 	$(BIN)/python -m benchmarks.census $(ARGS)
