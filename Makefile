@@ -13,7 +13,7 @@ STAMP := .venv/.msa_compile_installed
 HAS_TORCH := import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench census grammar check fmt clean
+.PHONY: help demo test test-all bench census grammar gate check fmt clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ census: $(STAMP) ## check every causal language model of transformers (about an 
 
 grammar: $(STAMP) ## check thousands of random spellings of attention (about half an hour)
 	$(BIN)/python -m benchmarks.grammar $(ARGS)
+
+gate: $(STAMP) ## compile the Triton kernels for every GPU, without one (a few minutes); ARGS="--chips 90"
+	$(BIN)/python -m benchmarks.kernel_gate $(ARGS)
 
 bench: $(STAMP) ## time sparse attention against dense, behind a correctness gate; ARGS="--quick" or "--help"
 	$(BIN)/python -m benchmarks $(ARGS)

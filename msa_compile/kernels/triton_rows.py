@@ -12,11 +12,11 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 @triton.jit
 def product(left, right):
-    """Return `left @ right` in float32; float32 operands are not rounded to tf32."""
+    """Return `left @ right` in float32; float32 operands go through matrix units in three parts, not rounded to one."""
     if INTERPRETED:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
-    return tl.dot(left, right, input_precision="ieee")
+    return tl.dot(left, right, input_precision="tf32x3")
 
 
 @triton.jit

@@ -29,9 +29,7 @@ def _few_queries() -> None:
 
 
 def _poison() -> None:
-    laws.check_future_has_no_influence(
-        OPS, make_case(queries=20, batch=1, groups=1, topk=2), change=float("nan")
-    )
+    laws.check_future_has_no_influence(OPS, make_case(queries=20, batch=1, groups=1, topk=2), change=float("nan"))
 
 
 # The kernel's module, the module that launches it, the kernel, what it says, what the mutant says, the law.

@@ -13,8 +13,10 @@ _HALVES = (
     (32, 32, 4, 2),
     (16, 32, 4, 1),
 )
-# Without matrix units: a product of float32 is exact to its last bits, and takes registers instead.
-_SINGLES = ((32, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1))
+# Float32 is multiplied in three parts, which take registers.
+_SINGLES = ((32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1))
+# Rows times channels that a warp accumulates without spilling.
+_ACCUMULATED = 64 * 128 // 4
 # Members of a list are bits of 32.
 _QUERIES = 32
 # Comparisons that a step of `list_blocks` makes.
@@ -43,7 +45,7 @@ def choose_attention_tile(chip: Chip, *, heads: int, head_dim: int, item_size: i
         "SLOTS": slots,
         "PIECES": divide_up(block_size, slots),
     }
-    return Tile(sizes, warps, stages)
+    return Tile(sizes, max(warps, min(8, rows * channels // _ACCUMULATED)), stages)
 
 
 def choose_list_tile(*, queries: int, topk: int) -> Tile:

@@ -19,8 +19,9 @@ _HALVES = (
     (16, 64, 4, 2),
     (16, 32, 4, 1),
 )
-# Without matrix units: a product of float32 is exact to its last bits, and takes registers instead.
-_SINGLES = ((32, 64, 4, 2), (32, 32, 4, 1), (16, 64, 4, 2), (16, 32, 4, 1))
+# A mask has an address for each score, and float32 is multiplied in three parts: both take registers.
+_MASKED = ((64, 64, 8, 2), (32, 64, 8, 2), (16, 64, 4, 2), (16, 32, 4, 1))
+_SINGLES = ((16, 64, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1))
 # A tile packs at most so many groups: more of them leave too few queries.
 _PACKED = 64
 
@@ -55,19 +56,26 @@ def cut_scores(
     item_size: int,
     block_size: int,
     is_shared: bool,
+    has_mask: bool,
 ) -> ScoreGrid:
     """Choose the tile of the scores and the grid, from shapes and the chip alone."""
     packed = power_of_two_from(groups)
     packed = packed if is_shared and packed <= _PACKED else 1
     width_tile = power_of_two_from(width, 16)
     rows_of_call = power_of_two_from(packed * query_length, 16)
-    tiles = _SINGLES if item_size == 4 else (_LARGE, *_HALVES) if chip.has_large_tiles else _HALVES
+    tiles: tuple[tuple[int, int, int, int], ...] = (_LARGE, *_HALVES) if chip.has_large_tiles else _HALVES
+    if has_mask:
+        tiles = _MASKED
+    if item_size == 4:
+        tiles = _SINGLES
 
     def fits(tile: tuple[int, int, int, int]) -> bool:
         rows, slots, _, stages = tile
         # Queries are an operand in shared memory, or in registers.
         held = stages * slots + (rows if chip.has_large_tiles else 0)
-        return packed <= rows <= rows_of_call and chip.fits(held * width_tile * item_size)
+        # Several blocks a step are pooled through shared memory.
+        pooled = 32 * rows if block_size < slots else 0
+        return packed <= rows <= rows_of_call and chip.fits(held * width_tile * item_size + pooled)
 
     rows, slots, warps, stages = next((tile for tile in tiles if fits(tile)), (max(16, packed), 16, 4, 1))
     slots_a_block = min(slots, power_of_two_from(block_size))

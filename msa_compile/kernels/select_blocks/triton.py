@@ -101,6 +101,7 @@ def find_launches(
         item_size=index_query.dtype.itemsize,
         block_size=block_size,
         is_shared=index_key.shape[1] == 1,
+        has_mask=mask is not None,
     )
     tile = choose_tile(query_length=chunk, blocks=blocks, topk=topk)
     scores = torch.empty(batch * groups, blocks, chunk, dtype=torch.float32, device=index_query.device)
