@@ -1,4 +1,4 @@
-"""What the gate compiles: calls of the two ops over heads, dtypes, blocks and features, as launches that nobody runs."""
+"""What the gate compiles: calls of the two ops over heads, dtypes, blocks and features, as launches that never run."""
 
 from __future__ import annotations
 

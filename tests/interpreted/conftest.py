@@ -26,7 +26,7 @@ def kernels_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """`torch.empty` gives NaN, and the largest integers: an output or a workspace has to be written before it is read."""
+    """`torch.empty` gives NaN, and the largest integers: memory has to be written before it is read."""
     before = torch.are_deterministic_algorithms_enabled()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -149,7 +149,8 @@ def test_mutant_turns_a_law_red(
     broken = tmp_path / "broken.py"
     broken.write_text(source.replace(said, mutated))
     spec = importlib.util.spec_from_file_location(module.__name__, broken)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     mutant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)
     monkeypatch.setattr(launcher, kernel, getattr(mutant, kernel))

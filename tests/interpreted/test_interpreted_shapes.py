@@ -15,7 +15,6 @@ from msa_compile.kernels.select_blocks import reference as selection_reference
 
 # Measured against float64: an output is rounded once, the weights once before they meet the values.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-HALVES = [torch.bfloat16, torch.float16]
 
 
 def _in_float64(case: Case, ids: Tensor, **options: Any) -> Tensor:
@@ -36,8 +35,18 @@ def _check(case: Case) -> None:
 
 
 @pytest.mark.parametrize("queries", [130, 1])
-@pytest.mark.parametrize(("heads_a_group", "width"), [(1, 64), (4, 96), (16, 128), (2, 256), (5, 40)])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    ("heads_a_group", "width", "dtype"),
+    [
+        (1, 64, torch.bfloat16),
+        (4, 96, torch.bfloat16),
+        (16, 128, torch.bfloat16),
+        (2, 256, torch.bfloat16),
+        (5, 40, torch.float16),
+        (16, 128, torch.float16),
+    ],
+    ids=str,
+)
 def test_halves_agree_with_float64(dtype: torch.dtype, heads_a_group: int, width: int, queries: int) -> None:
     block_size = 64 if width == 64 else 32
     _check(

@@ -1,6 +1,7 @@
 """What runs on CUDA, and that it says so where Triton does not; the kernels themselves are tested interpreted."""
 
 import importlib.util
+import warnings
 from typing import Any
 
 import kernel_laws as laws
@@ -24,10 +25,11 @@ def test_without_triton_the_reference_runs_and_says_so_once(monkeypatch: pytest.
     triton_support.can_run_triton.cache_clear()
     case = make_case(queries=9)
     options = {"block_size": 8, "topk": 2}
-    with pytest.warns(RuntimeWarning, match="triton is not installed") as said:
+    with pytest.warns(RuntimeWarning, match="triton is not installed"):
         ids = selection_cuda.select_blocks(case.index_query, case.index_key, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         output = attention_cuda.block_sparse_attention(case.query, case.key, case.value, ids, block_size=8)
-    assert len(said) == 1
     triton_support.can_run_triton.cache_clear()
     laws.assert_equal(ids, selection_reference.select_blocks(case.index_query, case.index_key, **options))
     expected = attention_reference.block_sparse_attention(case.query, case.key, case.value, ids, block_size=8)
@@ -39,7 +41,7 @@ def test_without_triton_the_reference_runs_and_says_so_once(monkeypatch: pytest.
     [
         ((8, 0), None, None),
         ((9, 0), None, None),
-        ((7, 5), None, "needs? compute capability 8.0"),
+        ((7, 5), None, "need compute capability 8.0"),
         ((9, 4), "6", "ROCm"),
     ],
 )
@@ -53,7 +55,7 @@ def test_devices_that_the_kernels_do_not_run_on_are_named(
     assert (found is None) == (reason is None)
     if reason is not None:
         assert found is not None
-        assert reason.replace("needs?", "need") in found
+        assert reason in found
 
 
 def test_float64_is_computed_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
