@@ -94,8 +94,8 @@ def _time(findings: Findings, device: torch.device, is_dry: bool, left: Callable
     rows: Sequence[Wanted] = ROWS
     budget = {}
     if is_dry:
-        rows = (Wanted("prefill", (4, 2, 16), 96, "correlated"), Wanted("decode", (4, 2, 16), 96, indexer="keys"))
-        budget = {"block_size": 16, "topk": 3}
+        rows = (Wanted("prefill", (2, 1, 16), 40, "correlated"), Wanted("decode", (2, 1, 16), 40, indexer="keys"))
+        budget = {"block_size": 8, "topk": 3}
     for wanted in rows:
         if left() < _FOR_A_ROW + (0 if is_dry else _FOR_MODELS):
             findings.add_note(f"left out for want of time: {wanted}")

@@ -27,11 +27,11 @@ REGISTERS = 65_536
 SPILLS = {
     ("score_blocks", 80): 8,
     ("score_blocks", 90): 8,
-    ("score_blocks", 100): 72,
+    ("score_blocks", 100): 200,
     ("attend_tiles", 80): 8,
     ("attend_tiles", 86): 72,
     ("attend_tiles", 89): 72,
-    ("attend_tiles", 90): 8,
+    ("attend_tiles", 90): 16,
     ("attend_tiles", 100): 24,
     ("attend_slots", 86): 8,
     ("attend_slots", 89): 8,

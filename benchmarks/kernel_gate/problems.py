@@ -24,6 +24,7 @@ class Problem:
         block_size, topk: Keys in a block, blocks a query.
         is_shared: One index key for all groups, as the learned indexer has.
         batch: Rows.
+        has_documents: Packed documents, and nothing else.
         has_everything: Sinks, softcap, window, ragged rows, documents and a mask.
     """
 
@@ -36,6 +37,7 @@ class Problem:
     topk: int = 16
     is_shared: bool = True
     batch: int = 1
+    has_documents: bool = False
     has_everything: bool = False
 
 
@@ -50,11 +52,13 @@ PROBLEMS = {
         Problem("prefill, 8 heads a group, D 96, blocks of 64", (32, 4, 96), 32 * K, 32 * K, block_size=64, topk=32),
         Problem("prefill, 2 heads a group, D 256", (16, 8, 256), 32 * K, 32 * K),
         Problem("prefill, blocks of 32", (32, 8, 64), 32 * K, 32 * K, block_size=32, topk=32),
+        Problem("prefill, one group, documents", (8, 1, 128), 32 * K, 32 * K, has_documents=True),
         Problem("prefill, everything", (64, 8, 64), 32 * K, 32 * K, batch=2, has_everything=True),
         Problem("prefill, float32", (32, 8, 128), 8 * K, 8 * K, torch.float32),
         Problem("decode, 16 heads a group", (64, 4, 128), 1, 128 * K),
         Problem("decode, 4 heads a group, own keys", (32, 8, 128), 1, 128 * K, is_shared=False, batch=16),
         Problem("decode, D 256", (16, 8, 256), 1, 32 * K),
+        Problem("decode, one group, documents", (8, 1, 128), 1, 32 * K, has_documents=True),
         Problem("decode, everything", (64, 8, 64), 4, 32 * K, batch=2, has_everything=True),
         Problem("decode, float32", (32, 8, 128), 1, 8 * K, torch.float32),
     )
@@ -73,7 +77,8 @@ def launches_of(problem: Problem, chip: Chip) -> Iterator[Launch]:
         return torch.empty(batch, count, tokens, dim, dtype=problem.dtype, device="meta")
 
     def slots(*shape: int) -> Tensor | None:
-        return torch.empty(shape, dtype=torch.int64, device="meta") if problem.has_everything else None
+        is_there = problem.has_everything or (problem.has_documents and len(shape) == 2)
+        return torch.empty(shape, dtype=torch.int64, device="meta") if is_there else None
 
     mask = torch.empty(batch, 1, queries, keys, dtype=torch.bool, device="meta") if problem.has_everything else None
     block_ids = torch.empty(batch, groups, queries, problem.topk, dtype=torch.int32, device="meta")

@@ -114,7 +114,7 @@ def find_launches(
     operands = _operands(query, key, value, mask, query_length, key_length)
     operands |= {
         "scale": head_dim**-0.5 if scale is None else float(scale),
-        "softcap": softcap,
+        "softcap": None if softcap is None else float(softcap),
         "HEAD_DIM": head_dim,
         "HEADS": heads // groups,
     }
