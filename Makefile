@@ -5,7 +5,7 @@ PYTHON ?= python3
 # A torch that the user names is always installed; the default only where .venv has none that will do.
 TORCH_GIVEN := $(if $(filter undefined,$(origin TORCH)),,$(TORCH))
 TORCH ?= torch==2.13.0
-EXTRAS := hf,viz,dev
+EXTRAS := hf,viz,triton,dev
 ARGS ?=
 
 BIN := .venv/bin
@@ -13,7 +13,7 @@ STAMP := .venv/.msa_compile_installed
 HAS_TORCH := import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench census grammar check fmt clean
+.PHONY: help demo test test-all bench census grammar gate check fmt clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,17 +23,25 @@ demo: $(STAMP) ## train a small model, make it sparse, compare; ARGS="--model NA
 
 # One thread for each of the two workers: more would only wait for each other. Each worker starts with one half of the
 # tests in order, so that a model that many tests share is compiled once.
+# The Triton kernels run as numpy in processes of their own, because importing them decides how they run.
+INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/interpreted
+
 test: check ## check, then the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow"
+	$(INTERPRETED)
 
 test-all: check ## check, then every test, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+	$(INTERPRETED)
 
 census: $(STAMP) ## check every causal language model of transformers (about an hour); ARGS="llama bart" checks these
 	$(BIN)/python -m benchmarks.census $(ARGS)
 
 grammar: $(STAMP) ## check thousands of random spellings of attention (about half an hour)
 	$(BIN)/python -m benchmarks.grammar $(ARGS)
+
+gate: $(STAMP) ## compile the Triton kernels for every GPU, without one (a few minutes); ARGS="--chips 90"
+	$(BIN)/python -m benchmarks.kernel_gate $(ARGS)
 
 bench: $(STAMP) ## time sparse attention against dense, behind a correctness gate; ARGS="--quick" or "--help"
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -49,6 +49,14 @@ def test_a_verb_keeps_its_name_beside_the_folder_that_is_called_like_it():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_import_loads_no_triton_kernel():
+    code = "import sys, msa_compile; print(*(name for name in sys.modules if name.startswith('msa_compile.')))"
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    kernels = {path.stem for path in (PACKAGE / "kernels").rglob("triton*.py")} - {"triton_support"}
+    assert len(kernels) > 5
+    assert not {name.rpartition(".")[2] for name in outcome.stdout.split()} & kernels
+
+
 def test_version_is_that_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert msa_compile.__version__ == project["version"]

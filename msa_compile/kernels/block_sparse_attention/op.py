@@ -18,7 +18,7 @@ from msa_compile.kernels.arguments import (
     check_visibility,
 )
 from msa_compile.kernels.autocast import register_autocast
-from msa_compile.kernels.block_sparse_attention import cpu, reference
+from msa_compile.kernels.block_sparse_attention import cpu, cuda, reference
 from msa_compile.kernels.block_sparse_attention.dense import attend_densely
 from msa_compile.kernels.register import LIBRARY, register
 
@@ -295,12 +295,11 @@ def _fake_backward(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), grad_sinks
 
 
-# On CUDA the reference path, not yet a fused kernel: it runs wherever torch does.
-register("block_sparse_attention", cpu=_run_with(cpu), cuda=_run_with(reference), fake=_fake)
+register("block_sparse_attention", cpu=_run_with(cpu), cuda=_run_with(cuda), fake=_fake)
 register(
     "block_sparse_attention_backward",
     cpu=_run_backward_with(cpu),
-    cuda=_run_backward_with(reference),
+    cuda=_run_backward_with(cuda),
     fake=_fake_backward,
 )
 

@@ -18,7 +18,7 @@ from msa_compile.kernels.arguments import (
 )
 from msa_compile.kernels.autocast import register_autocast
 from msa_compile.kernels.register import register
-from msa_compile.kernels.select_blocks import cpu, reference
+from msa_compile.kernels.select_blocks import cpu, cuda
 
 
 def select_blocks(
@@ -167,7 +167,6 @@ def _fake(index_query: Tensor, index_key: Tensor, block_size: int, topk: int, *r
     return index_query.new_empty((*index_query.shape[:3], topk), dtype=torch.int32)
 
 
-# On CUDA the reference path, not yet a fused kernel: it runs wherever torch does.
-register("select_blocks", cpu=_run_with(cpu), cuda=_run_with(reference), fake=_fake)
+register("select_blocks", cpu=_run_with(cpu), cuda=_run_with(cuda), fake=_fake)
 # Index scores keep the precision of their inputs: autocast would round the products that are compared.
 register_autocast("select_blocks", cast_first=0)

@@ -1,0 +1,232 @@
+"""Every kernel against float64 on the device itself: heads, dtypes, blocks, bounds, poison; graphs and waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.speed.gate import TOLERANCE
+from msa_compile.kernels.block_sparse_attention import reference as attention_reference
+from msa_compile.kernels.select_blocks import reference as selection_reference
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two functions under test: those of the package, or what runs behind them on a CUDA device."""
+
+    select: Callable[..., Tensor]
+    attend: Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One call of each op.
+
+    Attributes:
+        name: Said when it fails.
+        heads: ``Hq, Hkv, D``.
+        queries, keys: ``Tq``, ``Tk``; scaled down in a dry run, and blocks too.
+        dtype: Of all tensors.
+        block_size, topk: Keys in a block, blocks a query.
+        is_shared: One index key for all groups.
+        has: Names of what bounds the slots, and of ``sinks``, ``softcap`` and ``window``.
+    """
+
+    name: str
+    heads: tuple[int, int, int]
+    queries: int
+    keys: int
+    dtype: torch.dtype = torch.bfloat16
+    block_size: int = 128
+    topk: int = 4
+    is_shared: bool = True
+    has: frozenset[str] = field(default_factory=frozenset)
+
+
+_BOUNDS = frozenset({"query_start", "key_start", "key_end", "document_start", "mask"})
+_LOGITS = frozenset({"sinks", "softcap", "window"})
+
+CHECKS = (
+    *(
+        Check(f"{kind}, {dtype}, {heads}", heads, queries, 1031, dtype)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for heads in ((64, 4, 128), (32, 8, 128))
+        for kind, queries in (("prefill", 1031), ("decode", 1))
+    ),
+    Check("1 head a group, D 64", (4, 4, 64), 700, 700, is_shared=False),
+    Check("2 heads a group, D 256", (4, 2, 256), 700, 700),
+    Check("5 heads a group, D 96, blocks of 64", (10, 2, 96), 700, 700, block_size=64),
+    Check("8 heads a group, blocks of 32", (16, 2, 64), 700, 700, block_size=32, topk=8),
+    Check("blocks of 100", (8, 2, 64), 700, 700, block_size=100),
+    Check("three new tokens", (32, 8, 128), 3, 1031, is_shared=False),
+    Check("sixteen new tokens", (32, 8, 128), 16, 1031),
+    Check("a chunk of a prompt", (32, 8, 128), 300, 1031),
+    Check("logits", (16, 2, 128), 500, 500, has=_LOGITS),
+    Check("ragged rows", (16, 2, 128), 500, 500, has=frozenset({"key_start", "key_end"})),
+    Check("documents", (16, 2, 128), 500, 500, has=frozenset({"document_start"})),
+    Check("mask", (16, 2, 128), 500, 500, has=frozenset({"mask"})),
+    Check("everything", (16, 2, 64), 300, 700, has=_BOUNDS | _LOGITS, block_size=64),
+    Check("everything, few queries", (16, 2, 64), 3, 700, has=_BOUNDS | _LOGITS, block_size=64),
+)
+
+
+def run_checks(ops: Pair, device: torch.device, *, shrink: int = 1) -> Iterator[tuple[str, str]]:
+    """Give the name of each check and what is wrong, the empty text if nothing is; lengths are divided by `shrink`."""
+    for check in CHECKS:
+        yield check.name, _run(ops, check, device, shrink)
+    yield "values that are not finite", _check_poison(ops, device)
+    yield "two runs give the same bits", _check_bits(ops, device, shrink)
+    if device.type == "cuda":
+        yield "nothing waits for the device", _check_no_wait(ops, device)
+        yield "a CUDA graph gives the same bits", _check_graph(ops, device)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    tensors: dict[str, Tensor]
+    choose: dict[str, Any]
+    attend: dict[str, Any]
+    bounds: dict[str, Any]
+
+
+def _make(check: Check, device: torch.device, shrink: int) -> _Inputs:
+    batch, (heads, groups, dim) = 2, check.heads
+    queries, keys = max(1, check.queries // shrink), max(8, check.keys // shrink)
+    rng = torch.Generator().manual_seed(0)
+
+    def normal(count: int, tokens: int) -> Tensor:
+        return torch.randn(batch, count, tokens, dim, generator=rng).to(device, check.dtype)
+
+    def integers(count: int, tokens: int) -> Tensor:
+        # Scores are exact in any order of summation, so that ids can be compared as they are, and ties are frequent.
+        return torch.randint(-2, 3, (batch, count, tokens, dim), generator=rng).to(device, check.dtype)
+
+    slot = torch.arange(keys)
+    first, last = torch.tensor([keys // 9, 0]), torch.tensor([keys, keys - keys // 7])
+    possible = {
+        "query_start": torch.tensor([keys - queries, (keys - queries) // 2]),
+        "key_start": first,
+        "key_end": last,
+        "document_start": torch.where(torch.arange(queries) < queries // 3, 0, keys // 5).expand(batch, queries),
+        "mask": torch.rand(batch, 1, queries, keys, generator=rng) > 0.2,
+    }
+    bounds: dict[str, Any] = {name: value.to(device) for name, value in possible.items() if name in check.has}
+    logits: dict[str, Any] = {"sinks": torch.randn(heads, generator=rng).to(device), "softcap": 5.0}
+    logits["window"] = keys // 2
+    tensors = {
+        "query": normal(heads, queries),
+        "key": normal(groups, keys),
+        "value": normal(groups, keys),
+        "index_query": integers(groups, queries),
+        "index_key": integers(1 if check.is_shared else groups, keys),
+    }
+    outside = torch.zeros(batch, keys, dtype=torch.bool)
+    if "key_start" in check.has:
+        outside |= slot < first[:, None]
+    if "key_end" in check.has:
+        outside |= slot >= last[:, None]
+    for name in ("key", "value", "index_key"):
+        tensors[name] = tensors[name].masked_fill(outside.to(device)[:, None, :, None], float("nan"))
+    return _Inputs(
+        tensors,
+        {"block_size": max(4, check.block_size // shrink), "topk": check.topk},
+        {name: value for name, value in logits.items() if name in check.has},
+        bounds,
+    )
+
+
+def _run(ops: Pair, check: Check, device: torch.device, shrink: int) -> str:
+    inputs = _make(check, device, shrink)
+    size, tensors = inputs.choose["block_size"], inputs.tensors
+    ids, output = _both(ops, inputs)
+    doubles = {name: tensor.double() for name, tensor in tensors.items()}
+    expected_ids = selection_reference.select_blocks(
+        doubles["index_query"], doubles["index_key"], **inputs.choose, **inputs.bounds
+    )
+    if not torch.equal(ids, expected_ids):
+        return f"{int((ids != expected_ids).any(-1).sum())} of {ids[..., 0].numel()} queries have other blocks"
+    expected = attention_reference.block_sparse_attention(
+        doubles["query"], doubles["key"], doubles["value"], ids, block_size=size, **inputs.attend, **inputs.bounds
+    )
+    size_of_rows = expected.norm(dim=-1)
+    error = (output.double() - expected).norm(dim=-1)
+    if bool((error[size_of_rows == 0] != 0).any()):
+        return "a query that sees nothing does not give zeros"
+    worst = float((error / size_of_rows.clamp(min=1e-30)).max())
+    # Not "worst > tolerance": a NaN is wrong too.
+    return "" if worst <= TOLERANCE[check.dtype] else f"relative error {worst:.1e} above {TOLERANCE[check.dtype]:.0e}"
+
+
+def _both(ops: Pair, inputs: _Inputs) -> tuple[Tensor, Tensor]:
+    tensors = inputs.tensors
+    ids = ops.select(tensors["index_query"], tensors["index_key"], **inputs.choose, **inputs.bounds)
+    output = ops.attend(
+        tensors["query"],
+        tensors["key"],
+        tensors["value"],
+        ids,
+        block_size=inputs.choose["block_size"],
+        **inputs.attend,
+        **inputs.bounds,
+    )
+    return ids, output
+
+
+def _check_poison(ops: Pair, device: torch.device) -> str:
+    """A value that is not finite reaches those who see it and nobody else, though they share a tile."""
+    inputs = _make(Check("poison", (4, 1, 64), 40, 40, block_size=8, topk=2), device, 1)
+    _, before = _both(ops, inputs)
+    for name in ("key", "value", "index_key"):
+        inputs.tensors[name][:, :, 20:] = float("nan")
+    _, after = _both(ops, inputs)
+    if not torch.equal(after[:, :, :20], before[:, :, :20]):
+        return "NaN in later tokens reaches earlier ones"
+    return "" if bool(after[:, :, 20:].isnan().all()) else "NaN in a token does not reach it"
+
+
+def _check_bits(ops: Pair, device: torch.device, shrink: int) -> str:
+    inputs = _make(Check("bits", (8, 1, 128), 1031, 1031), device, shrink)
+    first, second = _both(ops, inputs), _both(ops, inputs)
+    return "" if all(map(torch.equal, first, second)) else "two runs differ"
+
+
+def _few_and_many(device: torch.device) -> list[_Inputs]:
+    return [
+        _make(Check("few and many", (32, 8, 128), queries, 1031, has=_BOUNDS | _LOGITS), device, 1)
+        for queries in (1, 400)
+    ]
+
+
+def _check_no_wait(ops: Pair, device: torch.device) -> str:
+    several = _few_and_many(device)
+    for inputs in several:  # compiled before, which may wait
+        _both(ops, inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for inputs in several:
+            _both(ops, inputs)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
+
+
+def _check_graph(ops: Pair, device: torch.device) -> str:
+    for inputs in _few_and_many(device):
+        _both(ops, inputs)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = _both(ops, inputs)
+        # Other numbers at the same places: what is replayed has to read them.
+        for name, tensor in inputs.tensors.items():
+            tensor.copy_(tensor.flip(-1) if name.startswith("index") else -tensor)
+        graph.replay()
+        if not all(map(torch.equal, captured, _both(ops, inputs))):
+            return f"a replay with {inputs.tensors['query'].shape[2]} queries differs from a call"
+    return ""

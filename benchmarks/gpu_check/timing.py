@@ -1,0 +1,255 @@
+"""Rows of the tables: what each kernel takes, alone and together, against the dense attention that PyTorch has."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.speed import setting as work_of
+from benchmarks.speed.gate import Operands, check_rows
+from benchmarks.speed.roofline import Roofline
+from benchmarks.speed.setting import Setting, Work
+from msa_compile.kernels.block_sparse_attention import triton as attention
+from msa_compile.kernels.chip import chip_of
+from msa_compile.kernels.launch import Launch
+from msa_compile.kernels.select_blocks import triton as selection
+from msa_compile.kernels.stopwatch import seconds_of
+
+# Neighbours whose index queries are alike, in a correlated selection, and how much of a query is its own.
+_ALIKE, _OWN = 256, 0.3
+# Queries of which the dense time of a long prompt is measured, and the prompt from which on it is.
+_SAMPLED, _LONGEST_DENSE = 8192, 160 * 1024
+_BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+# Larger than the L2 cache of any chip that we know.
+_FLUSHED = 256 << 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured call, selection included.
+
+    Attributes:
+        case: ``"prefill"`` or ``"decode"``.
+        heads: ``"Hq,Hkv,D"``.
+        length, batch: Tokens of the key cache, rows.
+        selection: ``"random"`` or ``"correlated"``.
+        indexer: ``"learned"`` (one index key) or ``"keys"``.
+        gate: ``"green ..."``, or what was found wrong.
+        blocks_a_tile: Mean number of different blocks of a tile of queries; ``None`` in decode.
+        queries_a_tile: How many queries that is of.
+        kernels: Seconds of each kernel, of all its launches.
+        seconds: Of the whole call; ``graph_seconds`` of the same as a CUDA graph.
+        dense: Seconds of dense attention by backend, as called or as a graph, as the sparse call.
+        is_dense_sampled: Whether that was scaled up from some of the queries.
+        speed_up: Fastest dense over sparse, both as graphs in decode.
+        roofline_share: Least possible time under the rates measured here over the time taken.
+        flops_per_second, bytes_per_second: Of the work that has to be done.
+    """
+
+    case: str
+    heads: str
+    length: int
+    batch: int
+    selection: str
+    indexer: str
+    gate: str
+    blocks_a_tile: float | None
+    queries_a_tile: int
+    kernels: Mapping[str, float]
+    seconds: float
+    graph_seconds: float | None
+    dense: Mapping[str, float]
+    is_dense_sampled: bool
+    speed_up: float | None
+    roofline_share: float
+    flops_per_second: float
+    bytes_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A row to measure; see ``Row``."""
+
+    case: str
+    heads: tuple[int, int, int]
+    length: int
+    selection: str = "random"
+    indexer: str = "learned"
+    batch: int = 1
+
+
+def measure(wanted: Wanted, device: torch.device, roofline: Roofline, *, block_size: int = 128, topk: int = 16) -> Row:
+    """Measure one row; the gate compares blocks and outputs of sampled queries with float64 at this very length."""
+    is_decode = wanted.case == "decode"
+    setting = Setting(*wanted.heads, "bf16", device, 1, block_size, topk)
+    operands = _make(wanted, setting, 1 if is_decode else wanted.length)
+    ids = torch.empty(*operands.index_query.shape[:3], topk, dtype=torch.int32, device=device)
+    output = torch.empty_like(operands.query)
+    launches = _launches(operands, ids, output, block_size)
+
+    def call() -> None:
+        for launch in launches:
+            launch.run()
+
+    call()
+    of_first_row = Operands(*(getattr(operands, name)[:1] for name in Operands.__dataclass_fields__))
+    verdict = check_rows(of_first_row, ids[:1], output[:1], block_size=block_size, topk=topk)
+    blocks_a_tile, queries_a_tile = _union(launches)
+    time = Stopwatch(device)
+    kernels = {}
+    for name in dict.fromkeys(launch.kernel.__name__ for launch in launches):
+        own = [launch for launch in launches if launch.kernel.__name__ == name]
+        kernels[name] = time.of(lambda own=own: [launch.run() for launch in own])  # type: ignore[misc]
+    seconds = time.of(call)
+    as_graph = time.of_graph(call) if is_decode else None
+    is_sampled = not is_decode and wanted.length > _LONGEST_DENSE
+    dense = _time_dense(operands, time, is_decode=is_decode, is_sampled=is_sampled)
+    work = _work(setting, wanted)
+    taken = seconds if as_graph is None else as_graph
+    return Row(
+        case=wanted.case,
+        heads=setting.heads,
+        length=wanted.length,
+        batch=wanted.batch,
+        selection=wanted.selection,
+        indexer=wanted.indexer,
+        gate=str(verdict),
+        blocks_a_tile=blocks_a_tile,
+        queries_a_tile=queries_a_tile,
+        kernels=kernels,
+        seconds=seconds,
+        graph_seconds=as_graph,
+        dense=dense,
+        is_dense_sampled=is_sampled,
+        speed_up=min(dense.values()) / taken if dense and verdict.is_green else None,
+        roofline_share=roofline.seconds(work) / taken,
+        flops_per_second=work.flops / taken,
+        bytes_per_second=work.bytes / taken,
+    )
+
+
+class Stopwatch:
+    """Median seconds of a call with a cold L2 cache, after a first call that is not counted."""
+
+    def __init__(self, device: torch.device, most: int = 20, seconds: float = 1.0) -> None:
+        self.device, self.most = device, most
+        # Interpreted, a call takes a second and says nothing of speed: once is enough.
+        self.least, self.seconds = (3, seconds) if device.type == "cuda" else (1, 0.0)
+        self.flushed = torch.empty(_FLUSHED if device.type == "cuda" else 1, dtype=torch.uint8, device=device)
+
+    def of(self, call: Callable[[], object]) -> float:
+        """Time a call."""
+        call()
+        taken: list[float] = []
+        while len(taken) < self.least or (len(taken) < self.most and sum(taken) < self.seconds):
+            self.flushed.zero_()
+            taken.append(seconds_of(call, self.device))
+        return statistics.median(taken)
+
+    def of_graph(self, call: Callable[[], object]) -> float:
+        """Time a call as a CUDA graph, without what the host does; elsewhere the call itself."""
+        if self.device.type != "cuda":
+            return self.of(call)
+        call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return self.of(graph.replay)
+
+
+def _make(wanted: Wanted, setting: Setting, queries: int) -> Operands:
+    heads, groups, dim = wanted.heads
+    generator = torch.Generator(setting.device).manual_seed(0)
+
+    def random(count: int, tokens: int) -> Tensor:
+        made = torch.empty(wanted.batch, count, tokens, dim, dtype=setting.dtype, device=setting.device)
+        return made.normal_(generator=generator)
+
+    query, key, value = random(heads, queries), random(groups, wanted.length), random(groups, wanted.length)
+    index_key = random(1, wanted.length) if wanted.indexer == "learned" else key
+    index_query = random(groups, queries)
+    if wanted.selection == "correlated":
+        common = random(groups, -(-queries // _ALIKE)).repeat_interleave(_ALIKE, 2)[:, :, :queries]
+        index_query.mul_(_OWN).add_(common)
+    return Operands(query, key, value, index_query, index_key)
+
+
+def _launches(operands: Operands, ids: Tensor, output: Tensor, block_size: int) -> list[Launch]:
+    bounds: dict[str, Any] = dict.fromkeys(("query_start", "key_start", "key_end", "document_start", "mask"))
+    common = {**bounds, "block_size": block_size, "is_causal": True, "chip": chip_of(ids.device)}
+    return [
+        *selection.find_launches(
+            operands.index_query, operands.index_key, ids, local_blocks=1, sink_blocks=0, **common
+        ),
+        *attention.find_launches(
+            operands.query,
+            operands.key,
+            operands.value,
+            ids,
+            output,
+            scale=None,
+            softcap=None,
+            sinks=None,
+            window=None,
+            **common,
+        ),
+    ]
+
+
+def _union(launches: list[Launch]) -> tuple[float | None, int]:
+    """Mean number of blocks that a tile of queries lists, and its queries; of the last chunk."""
+    lists = [launch for launch in launches if launch.kernel.__name__ == "list_blocks"]
+    if not lists:
+        return None, 1
+    tiles, rows, _ = lists[-1].grid
+    counts = lists[-1].arguments["counts"].view(-1)[: tiles * rows]
+    return float(counts.double().mean()), lists[-1].tile.sizes["QUERIES"]
+
+
+def _time_dense(operands: Operands, time: Stopwatch, *, is_decode: bool, is_sampled: bool) -> dict[str, float]:
+    """Seconds of dense attention by the backends that take the call."""
+    query, key, value = operands.query, operands.key, operands.value
+    scaled_by = 1.0
+    if is_sampled:
+        # The last queries see every key; of all queries together, a key is seen by half of them.
+        scaled_by = query.shape[2] / _SAMPLED / 2
+        query = query[:, :, -_SAMPLED:]
+    if is_decode:
+        # The heads of a group as queries of one head, which is faster where a backend would repeat keys.
+        query = query.view(query.shape[0], key.shape[1], -1, query.shape[3])
+    found = {}
+    backends = _BACKENDS if time.device.type == "cuda" else {"math": SDPBackend.MATH}
+    for name, backend in backends.items():
+
+        def dense(backend: SDPBackend = backend) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(
+                    query, key, value, is_causal=not (is_decode or is_sampled), enable_gqa=not is_decode
+                )
+
+        try:
+            found[name] = scaled_by * (time.of_graph(dense) if is_decode else time.of(dense))
+        except RuntimeError:  # not every backend takes every shape; those that do are compared
+            continue
+    return found
+
+
+def _work(setting: Setting, wanted: Wanted) -> Work:
+    if wanted.case == "prefill":
+        one = work_of.sparse_prefill(setting, wanted.length)
+    else:
+        index_heads = 1 if wanted.indexer == "learned" else setting.key_value_heads
+        one = work_of.sparse_decode(setting, wanted.length, index_heads)
+    return Work(wanted.batch * one.flops, wanted.batch * one.bytes)

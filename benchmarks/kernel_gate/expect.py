@@ -1,0 +1,65 @@
+"""What is asked of machine code: the table, and what to say where it is not met."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernel_gate.compile import Compiled
+from msa_compile.kernels.chip import Chip
+from msa_compile.kernels.launch import Launch
+
+# Kernels that multiply matrices, and the sizes whose product is the rows of a tile.
+ROWS = {
+    "score_blocks": ("PACKED_GROUPS", "QUERIES"),
+    "attend_tiles": ("HEADS_TILE", "QUERIES"),
+    "attend_slots": ("ROWS",),
+}
+# The matrix instruction of tiles that are large enough for it; smaller ones, and older chips, have mma.sync.
+LARGE_PRODUCT = {90: "wgmma", 100: "tcgen05"}
+LEAST_ROWS = 64
+# Registers of a multiprocessor: a program that asks for more does not start.
+REGISTERS = 65_536
+
+# Bytes that may be spilled, by kernel and chip; 0 where nothing stands. What they cost, only a run can say.
+SPILLS = {
+    ("score_blocks", 80): 8,
+    ("score_blocks", 90): 8,
+    ("score_blocks", 100): 200,
+    ("attend_tiles", 80): 8,
+    ("attend_tiles", 86): 72,
+    ("attend_tiles", 89): 72,
+    ("attend_tiles", 90): 16,
+    ("attend_tiles", 100): 24,
+    ("attend_slots", 86): 8,
+    ("attend_slots", 89): 8,
+}
+
+
+def judge(launch: Launch, compiled: Compiled, chip: Chip) -> list[str]:
+    """Return complaints, none if the kernel is as expected on this chip."""
+    name = launch.kernel.__name__
+    said = []
+    if compiled.shared > chip.shared_memory:
+        said.append(f"{compiled.shared} bytes of shared memory, there are {chip.shared_memory}")
+    allowed = SPILLS.get((name, chip.capability), 0)
+    if compiled.spilled > allowed:
+        said.append(f"{compiled.spilled} bytes spilled, {allowed} allowed")
+    if launch.tile.warps * 32 * compiled.registers > REGISTERS:
+        said.append(f"{compiled.registers} registers in {launch.tile.warps} warps, a processor has {REGISTERS}")
+    if name not in ROWS or _dtype_of(launch) == torch.float32:
+        return said
+    rows = math.prod(launch.tile.sizes[size] for size in ROWS[name])
+    wanted = LARGE_PRODUCT.get(chip.capability, "mma.sync") if rows >= LEAST_ROWS else "mma.sync"
+    if compiled.products[wanted] == 0:
+        said.append(f"no {wanted} at {rows} rows: {compiled.products}")
+    if compiled.copies == 0:
+        said.append("no asynchronous copy: keys are not loaded ahead")
+    return said
+
+
+def _dtype_of(launch: Launch) -> torch.dtype:
+    keys: Tensor = launch.arguments["index_key" if "index_key" in launch.arguments else "key"]
+    return keys.dtype

@@ -1,0 +1,132 @@
+"""What the gate compiles: calls of the two ops over heads, dtypes, blocks and features, as launches that never run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from msa_compile.kernels.chip import Chip
+from msa_compile.kernels.launch import Launch
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of each op, batch 1 unless it says so.
+
+    Attributes:
+        name: On the command line.
+        heads: ``Hq, Hkv, D``.
+        queries, keys: ``Tq``, ``Tk``.
+        dtype: Of all tensors.
+        block_size, topk: Keys in a block, blocks a query.
+        is_shared: One index key for all groups, as the learned indexer has.
+        batch: Rows.
+        has_documents: Packed documents, and nothing else.
+        has_everything: Sinks, softcap, window, ragged rows, documents and a mask.
+    """
+
+    name: str
+    heads: tuple[int, int, int]
+    queries: int
+    keys: int
+    dtype: torch.dtype = torch.bfloat16
+    block_size: int = 128
+    topk: int = 16
+    is_shared: bool = True
+    batch: int = 1
+    has_documents: bool = False
+    has_everything: bool = False
+
+
+K = 1024
+PROBLEMS = {
+    problem.name: problem
+    for problem in (
+        Problem("prefill, 16 heads a group", (64, 4, 128), 128 * K, 128 * K),
+        Problem("prefill, 4 heads a group, own keys", (32, 8, 128), 32 * K, 32 * K, is_shared=False),
+        Problem("prefill, 1M tokens", (64, 4, 128), 1024 * K, 1024 * K),
+        Problem("prefill, 1 head a group, D 64", (16, 16, 64), 32 * K, 32 * K, torch.float16, is_shared=False),
+        Problem("prefill, 8 heads a group, D 96, blocks of 64", (32, 4, 96), 32 * K, 32 * K, block_size=64, topk=32),
+        Problem("prefill, 2 heads a group, D 256", (16, 8, 256), 32 * K, 32 * K),
+        Problem("prefill, blocks of 32", (32, 8, 64), 32 * K, 32 * K, block_size=32, topk=32),
+        Problem("prefill, one group, documents", (8, 1, 128), 32 * K, 32 * K, has_documents=True),
+        Problem("prefill, everything", (64, 8, 64), 32 * K, 32 * K, batch=2, has_everything=True),
+        Problem("prefill, float32", (32, 8, 128), 8 * K, 8 * K, torch.float32),
+        Problem("decode, 16 heads a group", (64, 4, 128), 1, 128 * K),
+        Problem("decode, 4 heads a group, own keys", (32, 8, 128), 1, 128 * K, is_shared=False, batch=16),
+        Problem("decode, D 256", (16, 8, 256), 1, 32 * K),
+        Problem("decode, one group, documents", (8, 1, 128), 1, 32 * K, has_documents=True),
+        Problem("decode, everything", (64, 8, 64), 4, 32 * K, batch=2, has_everything=True),
+        Problem("decode, float32", (32, 8, 128), 1, 8 * K, torch.float32),
+    )
+}
+
+
+def launches_of(problem: Problem, chip: Chip) -> Iterator[Launch]:
+    """Give the first launch of each kernel that the problem runs on a chip; tensors have no memory."""
+    from msa_compile.kernels.block_sparse_attention import triton as attention
+    from msa_compile.kernels.select_blocks import triton as selection
+
+    heads, groups, dim = problem.heads
+    batch, queries, keys = problem.batch, problem.queries, problem.keys
+
+    def of_rows(count: int, tokens: int) -> Tensor:
+        return torch.empty(batch, count, tokens, dim, dtype=problem.dtype, device="meta")
+
+    def slots(*shape: int) -> Tensor | None:
+        is_there = problem.has_everything or (problem.has_documents and len(shape) == 2)
+        return torch.empty(shape, dtype=torch.int64, device="meta") if is_there else None
+
+    mask = torch.empty(batch, 1, queries, keys, dtype=torch.bool, device="meta") if problem.has_everything else None
+    block_ids = torch.empty(batch, groups, queries, problem.topk, dtype=torch.int32, device="meta")
+    yield from _first_of_each(
+        selection.find_launches(
+            of_rows(groups, queries),
+            of_rows(1 if problem.is_shared else groups, keys),
+            block_ids,
+            block_size=problem.block_size,
+            local_blocks=1,
+            sink_blocks=0,
+            query_start=slots(batch),
+            key_start=slots(batch),
+            key_end=slots(batch),
+            document_start=slots(batch, queries),
+            mask=mask,
+            is_causal=True,
+            chip=chip,
+        ),
+    )
+    yield from _first_of_each(
+        attention.find_launches(
+            of_rows(heads, queries),
+            of_rows(groups, keys),
+            of_rows(groups, keys),
+            block_ids,
+            of_rows(heads, queries),
+            block_size=problem.block_size,
+            scale=None,
+            softcap=50.0 if problem.has_everything else None,
+            sinks=torch.empty(heads, device="meta") if problem.has_everything else None,
+            window=4096 if problem.has_everything else None,
+            query_start=slots(batch),
+            key_start=slots(batch),
+            key_end=slots(batch),
+            document_start=slots(batch, queries),
+            mask=mask,
+            is_causal=True,
+            chip=chip,
+        ),
+    )
+
+
+def _first_of_each(launches: Iterator[Launch]) -> Iterator[Launch]:
+    """Two kernels a family take turns over chunks of queries; the first of each stands for all."""
+    seen = set()
+    for launch in launches:
+        if launch.kernel in seen:
+            return
+        seen.add(launch.kernel)
+        yield launch

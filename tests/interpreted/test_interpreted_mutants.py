@@ -1,0 +1,158 @@
+"""Negative controls: a kernel that is broken in one line turns a law red."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import interpreter  # noqa: F401  # skips this file in other processes
+import kernel_laws as laws
+import pytest
+from kernel_laws import Implementation, make_case
+from test_kernel_laws import CASES
+
+from msa_compile.kernels import block_sparse_attention, select_blocks
+from msa_compile.kernels.block_sparse_attention import triton as attention
+from msa_compile.kernels.block_sparse_attention import triton_lists, triton_slots, triton_tiles
+from msa_compile.kernels.select_blocks import triton as selection
+from msa_compile.kernels.select_blocks import triton_choose, triton_scores
+
+OPS = Implementation(select_blocks, block_sparse_attention)
+
+
+def _oracle(name: str) -> Callable[[], None]:
+    return lambda: laws.check_equals_oracle(OPS, CASES[name])
+
+
+def _few_queries() -> None:
+    laws.check_equals_oracle(OPS, make_case(queries=2, keys=40, topk=9))
+
+
+def _poison() -> None:
+    laws.check_future_has_no_influence(OPS, make_case(queries=20, batch=1, groups=1, topk=2), change=float("nan"))
+
+
+# The kernel's module, the module that launches it, the kernel, what it says, what the mutant says, the law.
+MUTANTS = {
+    "scores of a slot behind the end of the row": (
+        triton_scores,
+        selection,
+        "score_blocks",
+        "(slot[None, :] < stop[:, None])",
+        "(slot[None, :] <= stop[:, None])",
+        _oracle("ragged right padding"),
+    ),
+    "scores without the mask": (
+        triton_scores,
+        selection,
+        "score_blocks",
+        "visible & (tl.load(shown, mask=visible, other=0) != 0)",
+        "visible",
+        _oracle("mask with holes"),
+    ),
+    "scores of other documents": (
+        triton_scores,
+        selection,
+        "score_blocks",
+        "sees & (anchor == here)",
+        "sees",
+        _oracle("documents behind padding"),
+    ),
+    "no local block": (
+        triton_choose,
+        selection,
+        "choose_blocks",
+        "(local - local_blocks)[:, None]",
+        "local[:, None]",
+        _oracle("one head a group"),
+    ),
+    "ties to the higher id": (
+        triton_choose,
+        selection,
+        "choose_blocks",
+        "tl.cumsum(is_equal.to(tl.int32), 1) <= room[:, None]",
+        "tl.sum(is_equal.to(tl.int32), 1)[:, None] - tl.cumsum(is_equal.to(tl.int32), 1) < room[:, None]",
+        _oracle("all scores equal"),
+    ),
+    "drops block 0": (
+        triton_lists,
+        attention,
+        "list_blocks",
+        "(block >= 0)",
+        "(block >= 1)",
+        _oracle("one head a group"),
+    ),
+    "every query of a tile is a member": (
+        triton_tiles,
+        attention,
+        "attend_tiles",
+        "((bits >> turn_of_row) & 1) != 0",
+        "((bits >> turn_of_row) & 1) >= 0",
+        _oracle("one head a group"),
+    ),
+    "attention without the mask": (
+        triton_tiles,
+        attention,
+        "attend_tiles",
+        "visible & (tl.load(shown, mask=visible, other=0) != 0)",
+        "visible",
+        _oracle("mask with holes"),
+    ),
+    "no care for values that are not finite": (
+        triton_tiles,
+        attention,
+        "attend_tiles",
+        "if is_broken != 0:",
+        "if is_broken > 1:",
+        _poison,
+    ),
+    "few queries: the last place is dropped": (
+        triton_slots,
+        attention,
+        "attend_slots",
+        "tl.minimum(begin + places_a_split, topk)",
+        "tl.minimum(begin + places_a_split, topk - 1)",
+        _few_queries,
+    ),
+    "few queries: the token after the last": (
+        triton_slots,
+        attention,
+        "attend_slots",
+        "(slot < stop)",
+        "(slot <= stop)",
+        _few_queries,
+    ),
+    "merge without weights": (
+        triton_slots,
+        attention,
+        "merge_slots",
+        "share = tl.exp2(highest - base)",
+        "share = tl.exp2(base - base) + tl.zeros_like(highest)",
+        _few_queries,
+    ),
+}
+
+
+@pytest.mark.parametrize(("module", "launcher", "kernel", "said", "mutated", "check"), MUTANTS.values(), ids=MUTANTS)
+def test_mutant_turns_a_law_red(
+    module: ModuleType,
+    launcher: ModuleType,
+    kernel: str,
+    said: str,
+    mutated: str,
+    check: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    source = Path(str(module.__file__)).read_text()
+    assert source.count(said) == 1, "the line that the mutant breaks has changed"
+    broken = tmp_path / "broken.py"
+    broken.write_text(source.replace(said, mutated))
+    spec = importlib.util.spec_from_file_location(module.__name__, broken)
+    assert spec is not None
+    assert spec.loader is not None
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    monkeypatch.setattr(launcher, kernel, getattr(mutant, kernel))
+    with pytest.raises(AssertionError):
+        check()

@@ -1,0 +1,103 @@
+"""What runs on CUDA, and that it says so where Triton does not; the kernels themselves are tested interpreted."""
+
+import importlib.util
+import warnings
+from typing import Any
+
+import kernel_laws as laws
+import pytest
+import torch
+from kernel_laws import Implementation, make_case
+from test_kernel_laws import CASES
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from msa_compile.kernels import block_sparse_attention, select_blocks, triton_support
+from msa_compile.kernels.block_sparse_attention import cuda as attention_cuda
+from msa_compile.kernels.block_sparse_attention import reference as attention_reference
+from msa_compile.kernels.select_blocks import cuda as selection_cuda
+from msa_compile.kernels.select_blocks import reference as selection_reference
+
+CUDA = torch.device("cuda", 0)
+
+
+def test_without_triton_the_reference_runs_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    triton_support.can_run_triton.cache_clear()
+    case = make_case(queries=9)
+    options = {"block_size": 8, "topk": 2}
+    with pytest.warns(RuntimeWarning, match="triton is not installed"):
+        ids = selection_cuda.select_blocks(case.index_query, case.index_key, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output = attention_cuda.block_sparse_attention(case.query, case.key, case.value, ids, block_size=8)
+    triton_support.can_run_triton.cache_clear()
+    laws.assert_equal(ids, selection_reference.select_blocks(case.index_query, case.index_key, **options))
+    expected = attention_reference.block_sparse_attention(case.query, case.key, case.value, ids, block_size=8)
+    laws.assert_equal(output, expected)
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "reason"),
+    [
+        ((8, 0), None, None),
+        ((9, 0), None, None),
+        ((7, 5), None, "need compute capability 8.0"),
+        ((9, 4), "6", "ROCm"),
+    ],
+)
+def test_devices_that_the_kernels_do_not_run_on_are_named(
+    capability: tuple[int, int], hip: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    found = triton_support.why_no_triton(CUDA)
+    assert (found is None) == (reason is None)
+    if reason is not None:
+        assert found is not None
+        assert reason in found
+
+
+def test_float64_is_computed_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    for module, name in (
+        (selection_reference, "select_blocks"),
+        (attention_reference, "block_sparse_attention"),
+    ):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, _run=original, **k: calls.append(a) or _run(*a, **k))
+    case = make_case(queries=9, dtype=torch.float64)
+    ids = selection_cuda.select_blocks(case.index_query, case.index_key, block_size=8, topk=2)
+    attention_cuda.block_sparse_attention(case.query, case.key, case.value, ids, block_size=8)
+    assert len(calls) == 2
+
+
+def test_ops_have_kernels_for_cuda_and_shapes_without_one() -> None:
+    for name in ("select_blocks", "block_sparse_attention", "block_sparse_attention_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"msa::{name}", "CUDA")
+    with FakeTensorMode():
+        query = torch.empty(2, 8, 100, 64, dtype=torch.bfloat16, device="cuda")
+        index_query = torch.empty(2, 2, 100, 64, dtype=torch.bfloat16, device="cuda")
+        key = torch.empty(2, 2, 300, 64, dtype=torch.bfloat16, device="cuda")
+        ids = select_blocks(index_query, key, block_size=32, topk=4)
+        output = block_sparse_attention(query, key, key, ids, block_size=32)
+    assert (ids.shape, ids.dtype, ids.device.type) == ((2, 2, 100, 4), torch.int32, "cuda")
+    assert (output.shape, output.dtype, output.is_contiguous()) == (query.shape, query.dtype, True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_ids_and_output_equal_the_float64_oracle_on_a_gpu(case: laws.Case) -> None:
+    def there(value: Any) -> Any:
+        return value.cuda() if isinstance(value, torch.Tensor) else value
+
+    def select(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+        return select_blocks(*map(there, tensors), **{name: there(value) for name, value in options.items()}).cpu()
+
+    def attend(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+        moved = {name: there(value) for name, value in options.items()}
+        return block_sparse_attention(*map(there, tensors), **moved).cpu()
+
+    # Three products of tf32 are a little less exact than one of float32.
+    laws.check_equals_oracle(Implementation(select, attend), case, tolerance=1e-5)
