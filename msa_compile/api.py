@@ -21,6 +21,7 @@ from msa_compile.discover import (
     check_any_sparse,
     discover,
     discover_first,
+    insert_index_branches,
     sparse_owners,
 )
 from msa_compile.errors import (
@@ -126,6 +127,8 @@ class SparseDoor(Door):
         if len(discovery.records) > 1:
             tag_frames(self.module)
         install_markers(self.module, discovery.carriers)
+        if self.config.indexer == "learned":
+            insert_index_branches(self.module, discovery)
         self.windows.update(discovery.windows)
         self.expected.update(site.name for site in discovery.sites if site.decision == "sparse")
         self.discovery = discovery
