@@ -34,6 +34,7 @@ from msa_compile.errors import (
     NotSparseError,
 )
 from msa_compile.kernels.given_mask import biased_calls
+from msa_compile.kernels.select_blocks import missed_selections
 from msa_compile.passes.pipeline import run_passes
 from msa_compile.report import Report, build_report
 from msa_compile.runtime import (
@@ -210,6 +211,7 @@ def explain(model: nn.Module | ExportedProgram, *args: Any, config: MSAConfig | 
         raise AlreadySparseError("the model is sparsified with a config of its own; unsparsify it to examine another")
     used = door.config if door is not None else config or MSAConfig()
     counts: dict[str, int] = {name: int(token.item()) for name, token in marker_tokens(model).items()}
+    missed = 0
     records = () if door is None or door.backend is None else tuple(door.backend.records)
     if door is not None:
         records = records or door.discovery.records
@@ -217,6 +219,7 @@ def explain(model: nn.Module | ExportedProgram, *args: Any, config: MSAConfig | 
             counts["in our graphs"] = door.backend.dense_calls.total()
             number = door.backend.number
             counts["biased masks"] = sum(count for (owner, _), count in biased_calls.items() if owner == number)
+            missed = sum(count for (owner, _), count in missed_selections.items() if owner == number)
     if args or kwargs or not records:
         candidates = [CallInputs(args, kwargs)] if args or kwargs else candidate_inputs(model, None)
         if not candidates:
@@ -225,7 +228,7 @@ def explain(model: nn.Module | ExportedProgram, *args: Any, config: MSAConfig | 
                 "explain(model, *args, **kwargs)"
             )
         records = discover_first(model, candidates, used, {} if door is None else door.windows).records
-    return build_report(records, used, counts, sparsified=door is not None)
+    return build_report(records, used, counts, sparsified=door is not None, missed_selections=missed)
 
 
 def _require_door(model: nn.Module) -> Door:

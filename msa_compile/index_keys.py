@@ -18,8 +18,17 @@ from torch import Tensor
 
 from msa_compile._compat import WeakTensorKeyDictionary
 
-# What two generations of an indexer's weights differ in.
-Generation = tuple[tuple[int, int, int], ...]
+
+@dataclass(frozen=True)
+class Version:
+    """How often a tensor was written in place, and where it lies."""
+
+    writes: int
+    address: int
+
+
+# What two generations of an indexer's weights differ in: which tensors they are, and their versions.
+Generation = tuple[tuple[int, Version], ...]
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class _State:
     """Index keys of one site for one cached tensor."""
 
     keys: Tensor
-    version: int
+    version: Version
     generation: Generation
 
 
@@ -91,7 +100,7 @@ class IndexKeys:
         shape = [1 if dim is None else cache.shape[dim] for dim in binding.dims]
         state = self._states.get(cache, {}).get(binding.site)
         if state is not None and state.keys.shape == torch.Size(shape) and state.keys.dtype == binding.dtype:
-            if state.version == version_of(cache) and state.generation == _generation(binding, args):
+            if state.version == _version(cache) and state.generation == _generation(binding, args):
                 return state.keys
             # Written in place, so that a cache of fixed place has index keys of fixed place.
             return state.keys.detach().fill_(torch.nan) if not binding.grows else torch.full_like(state.keys, torch.nan)
@@ -99,7 +108,7 @@ class IndexKeys:
             return torch.full(shape, torch.nan, dtype=binding.dtype, device=cache.device)
 
     def _keep(self, binding: IndexBinding, cache: Tensor, keys: Tensor, args: Sequence[Any]) -> None:
-        version, generation = version_of(cache), _generation(binding, args)
+        version, generation = _version(cache), _generation(binding, args)
         if version is None or generation is None or keys.is_inference():
             self._states.pop(cache, None)
             return
@@ -107,13 +116,15 @@ class IndexKeys:
         states[binding.site] = _State(keys.detach().contiguous(), version, generation)
 
 
-def version_of(tensor: Tensor) -> int | None:
-    """How often a tensor was written in place; ``None`` for a tensor made in inference mode, which does not count."""
-    return None if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor) -> Version | None:
+    """What changes when a tensor is written in place; ``None`` for one made in inference mode, which does not count."""
+    return None if tensor.is_inference() else Version(tensor._version, tensor.data_ptr())
 
 
 def _generation(binding: IndexBinding, args: Sequence[Any]) -> Generation | None:
     weights = [args[place] for place in binding.weights]
-    if any(weight.is_inference() for weight in weights):
+    versions = [_version(weight) for weight in weights]
+    known = [version for version in versions if version is not None]
+    if len(known) < len(versions):
         return None
-    return tuple((id(weight), weight._version, weight.data_ptr()) for weight in weights)
+    return tuple((id(weight), version) for weight, version in zip(weights, known, strict=True))

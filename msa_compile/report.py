@@ -24,6 +24,7 @@ class Report:
         graphs: How many graphs were captured.
         dense_calls: How often a site ran dense although the model is sparsified; 0 is what it should be.
         sparsified: Whether the model is sparsified now.
+        missed_selections: How often a site with a learned indexer had to score with ``"keys"`` for want of index keys.
     """
 
     sites: tuple[Site, ...]
@@ -31,6 +32,7 @@ class Report:
     graphs: int
     dense_calls: int
     sparsified: bool
+    missed_selections: int = 0
 
     @property
     def sparse(self) -> tuple[Site, ...]:
@@ -63,12 +65,14 @@ class Report:
             "graphs": self.graphs,
             "dense_calls": self.dense_calls,
             "sparsified": self.sparsified,
+            "missed_selections": self.missed_selections,
             "flops": {length: list(self.flops(length)) for length in LENGTHS},
         }
 
     def __str__(self) -> str:
         text = _rich_table(self) if importlib.util.find_spec("rich") else _plain_table(self)
-        return "\n".join([self._headline(), text.rstrip(), *self._reasons(), *self._dense_calls(), *self._savings()])
+        lines = [*self._reasons(), *self._dense_calls(), *self._indexers(), *self._savings()]
+        return "\n".join([self._headline(), text.rstrip(), *lines])
 
     def _headline(self) -> str:
         state = "sparsified" if self.sparsified else "not sparsified, nothing was changed"
@@ -86,6 +90,13 @@ class Report:
         return [
             f"  {said}" for said in dict.fromkeys(str(site.dense_below) for site in self.sparse if site.dense_below)
         ]
+
+    def _indexers(self) -> list[str]:
+        learned = sum(site.indexer == "learned" for site in self.sparse)
+        if not learned:
+            return []
+        missed = f", {self.missed_selections} selections of theirs by keys" if self.missed_selections else ""
+        return [f"  {learned} of {len(self.sparse)} sparse rows select by a learned indexer{missed}"]
 
     def _savings(self) -> list[str]:
         lines = ["attention FLOPs of one prefill (products only), dense -> as decided:"]
@@ -114,7 +125,12 @@ def site_flops(site: Site, config: MSAConfig, length: int) -> tuple[int, int]:
 
 
 def build_report(
-    records: Iterable[GraphRecord], config: MSAConfig, dense_calls: Mapping[str, int], *, sparsified: bool
+    records: Iterable[GraphRecord],
+    config: MSAConfig,
+    dense_calls: Mapping[str, int],
+    *,
+    sparsified: bool,
+    missed_selections: int = 0,
 ) -> Report:
     """Put the records of all graphs together; equal rows of different graphs become one."""
     rows: dict[Site, tuple[int, ...]] = {}
@@ -125,7 +141,7 @@ def build_report(
             key = replace(site, graph=())
             rows[key] = (*rows.get(key, ()), index)
     sites = tuple(replace(site, graph=where) for site, where in rows.items())
-    return Report(sites, config, graphs, sum(dense_calls.values()), sparsified)
+    return Report(sites, config, graphs, sum(dense_calls.values()), sparsified, missed_selections)
 
 
 _COLUMNS = ("site", "source", "form", "Hq/Hkv/D", "mask", "decision", "why")

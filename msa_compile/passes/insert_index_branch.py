@@ -18,7 +18,7 @@ from msa_compile.index_keys import IndexBinding
 from msa_compile.passes.emitter import Emitter
 from msa_compile.passes.graph_facts import OWNED, TRAINED
 from msa_compile.passes.plan_index import IndexPlan
-from msa_compile.passes.trace_key_cache import Placed, Store
+from msa_compile.passes.trace_key_store import Store
 
 aten = torch.ops.aten
 _EPS = 1e-6  # IndexNorm's
@@ -128,7 +128,7 @@ def _stored(emit: Emitter, plan: IndexPlan, store: Store, name: str, query: Node
         if binding.is_returned:
             _new_output(emit.graph, buffer)
     target = _through(emit, store.targets, buffer)
-    value = emit(aten.permute.default, key, Placed(key, store.target_axes).permutation_of("BHTD"))
+    value = emit(aten.permute.default, key, store.value.permutation_of("BHTD"))
     args, place = list(store.write.args), _value_argument(store.write)
     args[0], args[place] = target, value
     emit(store.write.target, *args, **store.write.kwargs)

@@ -20,9 +20,9 @@ from torch.fx import Node
 from msa_compile._compat import OpOverload
 from msa_compile.passes.check_projections import projected
 from msa_compile.passes.graph_facts import GraphFacts, is_op, is_owned, tensor_value
+from msa_compile.passes.placed import IndexRefused, Placed
 from msa_compile.passes.prove_heads import small_sizes
 from msa_compile.passes.replay import ReplayError, Sizes, concrete, replay
-from msa_compile.passes.trace_key_cache import IndexRefused, Placed
 
 aten = torch.ops.aten
 _LAYOUTS = ("BHTD", "BTHD")

@@ -14,8 +14,9 @@ from msa_compile.passes.check_projections import hidden_states
 from msa_compile.passes.detect_attention import Found, Proved
 from msa_compile.passes.graph_facts import GraphFacts, tensor_value
 from msa_compile.passes.lift_rope import LiftedRope, lift_rope
+from msa_compile.passes.placed import IndexRefused
 from msa_compile.passes.replay import expression
-from msa_compile.passes.trace_key_cache import IndexRefused, KeyCache, trace_key_cache
+from msa_compile.passes.trace_key_cache import KeyCache, trace_key_cache
 from msa_compile.records import Site
 
 _MARKER = torch.ops.msa.site.default
