@@ -280,3 +280,12 @@ def test_rows_are_multiplied_whatever_the_strides(rows):
 def test_onednn_multiplies_rows():
     # Without it the product is right too, at half the rate.
     assert _compat._HAS_ONEDNN_LINEAR
+
+
+def test_a_weak_tensor_dictionary_knows_the_object_and_lets_it_go():
+    states = _compat.WeakTensorKeyDictionary()
+    one, equal = torch.zeros(2), torch.zeros(2)
+    states[one] = "state"
+    assert (states.get(one), states.get(equal), states.get(one.view(2))) == ("state", None, None)
+    del one
+    assert len(states) == 0

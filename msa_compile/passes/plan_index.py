@@ -69,10 +69,10 @@ def plan_indexers(
         try:
             if ":" in site.name or f"{site.name}:1" in names:
                 raise IndexRefused("its module has several attentions")
-            if needs_weights and not given:
-                raise IndexRefused("this graph has no index branch for it")
             assert found.proved is not None, "a sparse site is proved"
             plan = plan_index(graph, found.proved, given, is_body=is_body)  # type: ignore[arg-type]
+            if needs_weights and not given:
+                raise IndexRefused("this graph has no index branch for it")
             decided.append((found, replace(site, indexer="learned", hidden_size=plan.hidden_size), plan))
         except IndexRefused as refusal:
             detail = f"{site.detail}; scored with keys: {refusal}" if site.detail else f"scored with keys: {refusal}"

@@ -89,7 +89,7 @@ def _written_value(write: Node, axes: str, heads: int) -> Node:
         index = tensor_value(indices[used[0]]) if used == [axes.index("T")] else None
         value = write.args[2] if index is not None and index.dim() == 1 and index.dtype == torch.int64 else None
     shape = () if (found := tensor_value(value)) is None else found.shape
-    if not isinstance(value, Node) or len(shape) != 4 or str(shape[axes.index("H")]) != str(heads):
+    if not isinstance(value, Node) or len(shape) != 4 or int(shape[axes.index("H")]) != heads:
         raise IndexRefused(f"the key cache is written by {write.target} in a way that is not recognised")
     return value
 

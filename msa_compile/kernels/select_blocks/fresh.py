@@ -54,13 +54,14 @@ def _run(
     if key.shape[2] > dense_below and _sees_unwritten(index_key, query.shape[2], *bounds, is_causal=is_causal):
         operands = (query, key)
         with _lock:
+            is_first = all(other != owner for other, _ in missed_selections)
             missed_selections[owner, site] += 1
-            is_first = missed_selections[owner, site] == 1
         if is_first:
             log.warning(
-                '%s scores with "keys" for this cache: the index keys of some of its tokens are missing or may be out '
-                "of date (another model or a dense call wrote it, it was reordered or cropped, the indexer changed, or "
-                "it is used in inference mode). A cache that starts anew is scored with the learned indexer again.",
+                '%s scores with "keys" for this cache (other sites may too; explain() counts them): index keys of some '
+                "of its tokens are missing or out of date. A dense call or another model wrote the cache, it was "
+                "reordered, cropped or copied, the indexer changed, or this is inference mode. A cache that starts "
+                "anew is scored with the learned indexer again.",
                 site or "<root>",
             )
     chosen: Tensor = torch.ops.msa.select_blocks(
