@@ -6,12 +6,14 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 from torch.export import ExportedProgram
 
 from msa_compile._compat import compiled_module_class
+from msa_compile.adapter import check_adapter, insert_adapter, read_adapter, write_adapter
 from msa_compile.backend import MSABackend, check_inner, check_strict
 from msa_compile.config import MSAConfig
 from msa_compile.discover import (
@@ -163,6 +165,49 @@ def unsparsify(model: Model) -> Model:
         NotSparseError: The model is not sparsified.
     """
     take_door(_require_door(model))
+    return model
+
+
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Save the index branches of a sparsified model, and what they belong to; the base is not saved.
+
+    Args:
+        model: Sparsified, with a learned indexer at some site.
+        folder: Made if it is not there; an adapter in it is replaced.
+
+    Raises:
+        NotSparseError: The model is not sparsified.
+        AdapterError: It has no index branch, or safetensors is not installed.
+    """
+    door = _require_door(model)
+    assert isinstance(door, SparseDoor), "there is one kind of door"
+    write_adapter(model, door.config, folder)
+
+
+def load(model: Model, folder: str | Path, *, example_inputs: Any = None) -> Model:
+    """Give a model the index branches of a folder that :func:`save` wrote.
+
+    Args:
+        model: With the base that the adapter was saved from. A plain model is sparsified with the saved config; one
+            that is sparsified keeps its own.
+        folder: The adapter.
+        example_inputs: As in :func:`sparsify`, for a plain model.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        AdapterError: The folder is no adapter, is damaged or of an unknown schema, or belongs to another model; the
+            model is as it was, unless a branch in it does not fit.
+    """
+    adapter = read_adapter(folder)
+    door = door_of(model)
+    check_adapter(adapter, model)
+    if door is None:
+        sparsify(model, adapter.config, example_inputs=example_inputs)
+        door = door_of(model)
+    assert isinstance(door, SparseDoor), "there is one kind of door"
+    insert_adapter(adapter, model, is_forced=door.config.indexer == "learned")
     return model
 
 
