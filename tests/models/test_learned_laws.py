@@ -60,6 +60,7 @@ def test_chunks_and_single_tokens_equal_one_shot(learned):
         assert difference(learned.sparse.pieces(ids, [9] + [1] * 28, cache, mask), once, mask) < EXACT, cache
 
 
+@pytest.mark.slow
 def test_a_second_prompt_of_another_length_and_batch_is_as_right_as_the_first(learned):
     first, second = tokens(2, 30, seed=2), tokens(3, 26, seed=3)
     expected = learned.oracle().whole(second)
@@ -68,10 +69,9 @@ def test_a_second_prompt_of_another_length_and_batch_is_as_right_as_the_first(le
         assert difference(learned.sparse.pieces(second, [11, 1, 1, 12, 1], cache), expected) < EXACT, cache
 
 
+@pytest.mark.parametrize("learned_name", [name for name in NAMES if ZOO[name].calls.pads], indirect=True)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing_for_real_tokens(learned, side):
-    if not learned.entry.calls.pads:
-        pytest.skip("this model takes no mask")
     width, content = 34, tokens(1, 27, seed=4)
     place = slice(7, 34) if side == "left" else slice(27)
     ids, mask = tokens(1, width, seed=5), torch.zeros(1, width, dtype=torch.long)
@@ -97,6 +97,7 @@ def test_beyond_the_oracle_the_keys_would_choose_otherwise(learned, subject_of):
     assert difference(learned.sparse.whole(ids), by_keys) > 1e-2
 
 
+@pytest.mark.slow
 def test_index_keys_pass_by_the_norm_of_keys(ops):
     """Qwen3 norms its keys between projection and RoPE; only RoPE is lifted."""
     subject = LearnedSubject("qwen3")
@@ -106,7 +107,7 @@ def test_index_keys_pass_by_the_norm_of_keys(ops):
     assert difference(subject.sparse.pieces(ids, [26, 1, 1, 1, 1], "dynamic", mask), expected, mask) < EXACT
 
 
-@pytest.mark.parametrize("write", ["index_put", "index_copy"])
+@pytest.mark.parametrize("write", ["index_put", pytest.param("index_copy", marks=pytest.mark.slow)])
 def test_a_buffer_written_at_positions_keeps_index_keys(write, ops):
     subject = LearnedSubject("gpt_fast" if write == "index_put" else "index_copy")
     subject.ops = ops
