@@ -1,7 +1,7 @@
 """MiniMax Sparse Attention for any PyTorch model: detected in the captured graph, rewritten, compiled."""
 
 # `msa_compile.evaluate` is this verb; what it is made of is in the folder of that name.
-from msa_compile.api import dense, evaluate, explain, fit_budget, sparsify, unsparsify
+from msa_compile.api import dense, evaluate, explain, fit_budget, load, save, sparsify, unsparsify
 from msa_compile.config import MSAConfig
 from msa_compile.evaluate.fitted import BudgetFit
 from msa_compile.evaluate.result import Evaluation
@@ -23,6 +23,8 @@ __all__ = [
     "evaluate",
     "explain",
     "fit_budget",
+    "load",
+    "save",
     "sparsify",
     "unsparsify",
 ]

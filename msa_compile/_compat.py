@@ -38,6 +38,7 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
     "VMAP_STEPS",
@@ -52,6 +53,7 @@ __all__ = [
     "ShapeEnv",
     "TensorifyScalarRestartAnalysis",
     "TracingContext",
+    "WeakTensorKeyDictionary",
     "compile_isolated",
     "compiled_module_class",
     "disable_proxy_modes_tracing",

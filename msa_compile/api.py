@@ -6,12 +6,14 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 from torch.export import ExportedProgram
 
 from msa_compile._compat import compiled_module_class
+from msa_compile.adapter import check_adapter, insert_adapter, read_adapter, write_adapter
 from msa_compile.backend import BudgetBackend, MSABackend, check_inner, check_strict
 from msa_compile.config import MSAConfig
 from msa_compile.discover import (
@@ -21,6 +23,7 @@ from msa_compile.discover import (
     check_any_sparse,
     discover,
     discover_first,
+    insert_index_branches,
     sparse_owners,
 )
 from msa_compile.errors import (
@@ -39,6 +42,7 @@ from msa_compile.evaluate.probes import ProbePlan, check_plan
 from msa_compile.evaluate.result import Evaluation
 from msa_compile.evaluate.run import Pair, evaluate_pair
 from msa_compile.kernels.given_mask import biased_calls
+from msa_compile.kernels.select_blocks import missed_selections
 from msa_compile.passes.pipeline import run_passes
 from msa_compile.report import Report, build_report
 from msa_compile.runtime import (
@@ -133,6 +137,8 @@ class SparseDoor(Door):
         if len(discovery.records) > 1:
             tag_frames(self.module)
         install_markers(self.module, discovery.carriers)
+        if self.config.indexer == "learned":
+            insert_index_branches(self.module, discovery)
         self.windows.update(discovery.windows)
         self.expected.update(site.name for site in discovery.sites if site.decision == "sparse")
         self.discovery = discovery
@@ -181,6 +187,49 @@ def unsparsify(model: Model) -> Model:
     return model
 
 
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Save the index branches of a sparsified model, and what they belong to; the base is not saved.
+
+    Args:
+        model: Sparsified, with a learned indexer at some site.
+        folder: Made if it is not there; an adapter in it is replaced.
+
+    Raises:
+        NotSparseError: The model is not sparsified.
+        AdapterError: It has no index branch, or safetensors is not installed.
+    """
+    door = _require_door(model)
+    assert isinstance(door, SparseDoor), "there is one kind of door"
+    write_adapter(model, door.config, folder)
+
+
+def load(model: Model, folder: str | Path, *, example_inputs: Any = None) -> Model:
+    """Give a model the index branches of a folder that :func:`save` wrote.
+
+    Args:
+        model: With the base that the adapter was saved from. A plain model is sparsified with the saved config; one
+            that is sparsified keeps its own.
+        folder: The adapter.
+        example_inputs: As in :func:`sparsify`, for a plain model.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        AdapterError: The folder is no adapter, is damaged or of an unknown schema, or belongs to another model; the
+            model is as it was, unless a branch in it does not fit.
+    """
+    adapter = read_adapter(folder)
+    door = door_of(model)
+    check_adapter(adapter, model)
+    if door is None:
+        sparsify(model, adapter.config, example_inputs=example_inputs)
+        door = door_of(model)
+    assert isinstance(door, SparseDoor), "there is one kind of door"
+    insert_adapter(adapter, model, is_forced=door.config.indexer == "learned")
+    return model
+
+
 @contextlib.contextmanager
 def dense(model: Model) -> Iterator[Model]:
     """The original model for the duration of the block, for A/B comparison, export or saving.
@@ -225,10 +274,13 @@ def explain(model: nn.Module | ExportedProgram, *args: Any, config: MSAConfig | 
     if door is not None and config is not None and config != door.config:
         raise AlreadySparseError("the model is sparsified with a config of its own; unsparsify it to examine another")
     used = door.config if door is not None else config or MSAConfig()
-    counts = _dense_calls(model, door)
+    counts, missed = _dense_calls(model, door), 0
     records = () if door is None or door.backend is None else tuple(door.backend.records)
     if door is not None:
         records = records or door.discovery.records
+        if door.backend is not None:
+            number = door.backend.number
+            missed = sum(count for (owner, _), count in missed_selections.items() if owner == number)
     if args or kwargs or not records:
         candidates = [CallInputs(args, kwargs)] if args or kwargs else candidate_inputs(model, None)
         if not candidates:
@@ -238,7 +290,9 @@ def explain(model: nn.Module | ExportedProgram, *args: Any, config: MSAConfig | 
             )
         records = discover_first(model, candidates, used, {} if door is None else door.windows).records
     evaluated = door.evaluated if door is not None else ""
-    return build_report(records, used, counts, sparsified=door is not None, evaluated=evaluated)
+    return build_report(
+        records, used, counts, sparsified=door is not None, evaluated=evaluated, missed_selections=missed
+    )
 
 
 def evaluate(

@@ -16,7 +16,8 @@ from torch.fx import GraphModule
 from msa_compile._compat import TensorifyScalarRestartAnalysis, graphs_in, lookup_backend, restore_paths
 from msa_compile.config import MSAConfig
 from msa_compile.errors import CaptureError, ConfigError, MSAError, SiteRefusedError, UnknownOptionError
-from msa_compile.passes.pipeline import run_passes
+from msa_compile.index_keys import IndexKeys
+from msa_compile.passes.pipeline import PassResult, run_passes
 from msa_compile.passes.rewrite_attention import SITE
 from msa_compile.records import GraphRecord, Reason, Site
 from msa_compile.runtime import marker_nodes
@@ -61,6 +62,7 @@ class MSABackend:
         self.records: list[GraphRecord] = []
         self.dense_calls: Counter[str] = Counter()
         self.number = next(_numbers)
+        self.index_keys = IndexKeys()
         self._said: set[str] = set()
         if mode not in (None, "default") and inner != "inductor":
             raise UnknownOptionError(f"mode={mode!r} is a mode of Inductor; the inner compiler is {inner!r}. Drop one.")
@@ -74,7 +76,8 @@ class MSABackend:
             result = run_passes(gm, self.config, self.windows, after=after, owner=self.number)
             check_strict(result.record.sites, self.config)
             self.records.append(result.record)
-            compiled = self._compile(result.module, example_inputs)
+            compiled = self._compile(result.module, [*example_inputs, *_index_inputs(result)])
+            compiled = self.index_keys.bound(compiled, result.bindings)
             return self._counting(compiled, self._turned_dense(gm, result.record))
         except (MSAError, TensorifyScalarRestartAnalysis):  # the latter asks Dynamo to start this frame again
             raise
@@ -162,6 +165,12 @@ class BudgetBackend(MSABackend):
             body.recompile()
 
 
+def _index_inputs(result: PassResult) -> list[Any]:
+    """Fake index keys, for the inputs that the rewrite added at the end."""
+    inputs = [node.meta["val"] for node in result.module.graph.nodes if node.op == "placeholder"]
+    return inputs[len(inputs) - sum(binding.source is not None for binding in result.bindings) :]
+
+
 def check_inner(inner: str) -> str:
     """``inner`` if it names an inner compiler.
 
@@ -205,10 +214,12 @@ def msa(
 
     Raises:
         UnknownOptionError: An option that does not exist.
-        ConfigError: An option outside its legal range.
+        ConfigError: An option outside its legal range, or `indexer="learned"`.
         CaptureError: A graph that cannot be rewritten.
     """
     given = dict(options or {})
     inner = given.pop("inner", "inductor")
     config = MSAConfig.from_options(given, also=("inner",))
+    if config.indexer == "learned":
+        raise ConfigError("a learned indexer belongs to a model: use msa_compile.sparsify, which inserts it")
     return MSABackend(config, inner, mode)(gm, example_inputs)

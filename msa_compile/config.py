@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn
 from msa_compile.errors import ConfigError, UnknownOptionError
 
 MAX_BLOCK_SIZE = 65536
-INDEXERS = ("auto", "keys")
+INDEXERS = ("auto", "keys", "learned")
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,10 @@ class MSAConfig:
         local_blocks: Blocks that are always selected, counted back from the query's own; 1 to `topk_blocks`.
         sink_blocks: Blocks that are always selected, counted from the row's first; `local_blocks + sink_blocks` may not
             exceed `topk_blocks`.
-        indexer: `"keys"` scores a block by the group's mean attention logit and has no parameters; `"auto"` takes the
-            best indexer that the site has, which is `"keys"` for a site without a calibrated one.
+        indexer: `"keys"` scores a block by the group's mean attention logit and has no parameters. `"learned"` gives
+            each site the paper's Index Branch, `module.indexer`, and selects by it whether or not it was trained; a
+            site for which that is not proved scores with `"keys"`. `"auto"` takes the best indexer that the site has,
+            which is `"keys"` for a site without a calibrated one.
         include: Globs over module paths, such as `"model.layers.*.self_attn"`; one string is one glob. `*` also matches
             dots.
         exclude: Globs over module paths that stay dense; they win over `include`.
@@ -56,7 +58,7 @@ class MSAConfig:
     topk_blocks: int = 16
     local_blocks: int = 1
     sink_blocks: int = 0
-    indexer: Literal["auto", "keys"] = "auto"
+    indexer: Literal["auto", "keys", "learned"] = "auto"
     include: tuple[str, ...] | str = ("*",)
     exclude: tuple[str, ...] | str = ()
     dense_below: int | Literal["auto"] = "auto"
@@ -70,8 +72,7 @@ class MSAConfig:
         self._check_int("sink_blocks", 0, self.topk_blocks - self.local_blocks, "topk_blocks - local_blocks")
         indexer: object = self.indexer
         if not (isinstance(indexer, str) and indexer in INDEXERS):
-            needs = "; a learned indexer needs calibration, which is not available in this version"
-            self._refuse("indexer", f"one of {_quoted(INDEXERS)}" + (needs if indexer == "learned" else ""))
+            self._refuse("indexer", f"one of {_quoted(INDEXERS)}")
         # The record is frozen for its readers; globs are brought to one form before anybody reads them.
         object.__setattr__(self, "include", self._globs("include"))
         object.__setattr__(self, "exclude", self._globs("exclude"))

@@ -24,6 +24,7 @@ from msa_compile._compat import (
 )
 from msa_compile.config import MSAConfig
 from msa_compile.errors import CaptureError, ExampleInputsError, MSAError, NothingToSparsifyError
+from msa_compile.indexer import INDEXER, insert_index_branch
 from msa_compile.passes.pipeline import run_passes
 from msa_compile.records import GraphRecord, Site
 from msa_compile.runtime import (
@@ -158,6 +159,26 @@ def discover_first(
 def sparse_owners(sites: Sequence[Site]) -> list[str]:
     """Paths of the modules that own a sparse site."""
     return list(dict.fromkeys(site.name.split(":")[0] for site in sites if site.decision == "sparse"))
+
+
+def insert_index_branches(model: nn.Module, discovery: Discovery) -> None:
+    """Give each site for which a learned indexer was proved an index branch, to be used as it is."""
+    untrained = 0
+    for row in discovery.sites:
+        if row.indexer != "learned" or discovery.carriers.get(row.name) != row.name:
+            continue
+        owner = model.get_submodule(row.name)
+        sizes = (row.hidden_size, row.key_value_heads, row.head_dim)
+        if not insert_index_branch(owner, *sizes, is_forced=True):
+            log.warning("%s has no room for an index branch and scores with keys", row.name or "<root>")
+            continue
+        untrained += not owner.get_submodule(INDEXER).is_calibrated
+    if untrained:
+        log.warning(
+            '%d index branches are not trained, and indexer="learned" selects blocks by them all the same: what the '
+            "model says beyond its budget means nothing until they are",
+            untrained,
+        )
 
 
 def check_any_sparse(records: Sequence[GraphRecord]) -> None:

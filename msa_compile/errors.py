@@ -69,6 +69,10 @@ class ExportNotSparseError(MSAError, RuntimeError):
     """Raised when an exported program would hold dense attention where the model in memory is sparse."""
 
 
+class AdapterError(MSAError, ValueError):
+    """Raised when saved index branches cannot be written or read, or do not belong to the model they are put into."""
+
+
 class UnknownModelError(MSAError, ValueError):
     """Raised when `msa_compile.bench` is given a model that is no built-in shape, no path and not on the hub."""
 

@@ -91,9 +91,10 @@ class Site:
         decision: ``"sparse"`` or ``"dense"``.
         reason: Why it is dense; ``None`` when sparse.
         detail: What was found at this site, for a human.
-        indexer: The indexer in use, ``"keys"``; ``None`` when dense.
+        indexer: The indexer in use, ``"learned"`` or ``"keys"``; ``None`` when dense.
         graph: Ordinals of the captured graphs that hold this row.
         dense_below: Which of its calls run dense all the same; ``None`` when the site is dense.
+        hidden_size: Width of the hidden state that a learned indexer reads; 0 where the site has none.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Site:
     indexer: str | None
     graph: tuple[int, ...] = (0,)
     dense_below: DenseBelow | None = None
+    hidden_size: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The row as plain Python values, ready for JSON."""

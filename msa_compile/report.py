@@ -26,6 +26,7 @@ class Report:
         dense_calls: How often a site ran dense although the model is sparsified; 0 is what it should be.
         sparsified: Whether the model is sparsified now.
         evaluated: What the last :func:`msa_compile.evaluate` found, in a line; ``""`` before there was one.
+        missed_selections: How often a site with a learned indexer had to score with ``"keys"`` for want of index keys.
     """
 
     sites: tuple[Site, ...]
@@ -34,6 +35,7 @@ class Report:
     dense_calls: int
     sparsified: bool
     evaluated: str = ""
+    missed_selections: int = 0
 
     @property
     def sparse(self) -> tuple[Site, ...]:
@@ -67,13 +69,15 @@ class Report:
             "dense_calls": self.dense_calls,
             "sparsified": self.sparsified,
             "evaluated": self.evaluated,
+            "missed_selections": self.missed_selections,
             "flops": {length: list(self.flops(length)) for length in LENGTHS},
         }
 
     def __str__(self) -> str:
         cells = [_cells(site, self.config) for site in self.sites]
         text = _rich_table(cells) if importlib.util.find_spec("rich") else _plain_table(cells)
-        return "\n".join([self._headline(), text.rstrip(), *self._reasons(), *self._settings(), *self._savings()])
+        lines = [*self._reasons(), *self._settings(), *self._indexers(), *self._savings()]
+        return "\n".join([self._headline(), text.rstrip(), *lines])
 
     def _headline(self) -> str:
         state = "sparsified" if self.sparsified else "not sparsified, nothing was changed"
@@ -97,6 +101,13 @@ class Report:
             if not any(fnmatchcase(site.name, glob) for site in self.sites)
         ]
         return [f"  {line}" for line in (*said, *unused)]
+
+    def _indexers(self) -> list[str]:
+        learned = sum(site.indexer == "learned" for site in self.sparse)
+        if not learned:
+            return []
+        missed = f", {self.missed_selections} selections of theirs by keys" if self.missed_selections else ""
+        return [f"  {learned} of {len(self.sparse)} sparse rows select by a learned indexer{missed}"]
 
     def _savings(self) -> list[str]:
         lines = ["attention FLOPs of one prefill (products only), dense -> as decided:"]
@@ -130,6 +141,7 @@ def build_report(
     *,
     sparsified: bool,
     evaluated: str = "",
+    missed_selections: int = 0,
 ) -> Report:
     """Put the records of all graphs together; equal rows of different graphs become one."""
     rows: dict[Site, tuple[int, ...]] = {}
@@ -140,7 +152,9 @@ def build_report(
             key = replace(site, graph=())
             rows[key] = (*rows.get(key, ()), index)
     sites = tuple(replace(site, graph=where) for site, where in rows.items())
-    return Report(sites, config, graphs, sum(dense_calls.values()), sparsified, evaluated)
+    return Report(
+        sites, config, graphs, sum(dense_calls.values()), sparsified, evaluated, missed_selections=missed_selections
+    )
 
 
 _COLUMNS = ("site", "source", "form", "Hq/Hkv/D", "mask", "decision", "why")

@@ -15,7 +15,7 @@ import logging
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from msa_compile._compat import WEAK_DYNAMIC, BackendCompilerFailed, compile_isolated, graphs_in, trains_subclasses
 from msa_compile.errors import DataParallelError, ExportNotSparseError, MSAError
+from msa_compile.indexer import INDEXER, IndexBranch, remove_index_branches, weights_in_use
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +42,13 @@ Backend = Callable[..., Any]
 
 
 @torch.library.custom_op("msa::site", mutates_args=("token",))
-def site(token: Tensor, name: str) -> None:
+def site(token: Tensor, name: str, weights: Sequence[Tensor]) -> None:
     """Count a dense call of an attention site that was made sparse; warn at the first.
 
     Args:
         token: int64 ``[1]``, the counter; changed in place, so that no compiler drops the call.
         name: Module path of the site.
+        weights: Those of its index branch, so that they are guarded inputs of the captured graph; empty without one.
     """
     token.add_(1)
     if token.item() == 1:
@@ -59,7 +61,7 @@ def site(token: Tensor, name: str) -> None:
 
 
 @site.register_fake
-def _(token: Tensor, name: str) -> None:
+def _(token: Tensor, name: str, weights: Sequence[Tensor]) -> None:
     return None
 
 
@@ -71,7 +73,7 @@ class SiteMarker:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Count."""
-        torch.ops.msa.site(module._buffers[TOKEN], self.name)
+        torch.ops.msa.site(module._buffers[TOKEN], self.name, weights_in_use(module))
 
 
 class FrameTag:
@@ -198,13 +200,13 @@ def fresh_trampoline(original: Callable[..., Any] | None) -> Callable[..., Any]:
         def trampoline(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             # The root's own marker: a hook on the root would run before the door does.
             if TOKEN in module._buffers:
-                torch.ops.msa.site(module._buffers[TOKEN], "")
+                torch.ops.msa.site(module._buffers[TOKEN], "", weights_in_use(module))
             return type(module).forward(module, *args, **kwargs)
     else:
 
         def trampoline(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if TOKEN in module._buffers:
-                torch.ops.msa.site(module._buffers[TOKEN], "")
+                torch.ops.msa.site(module._buffers[TOKEN], "", weights_in_use(module))
             return original(*args, **kwargs)
 
     # A name of its own too: Dynamo remembers by file, line and name which sizes and numbers of a function varied.
@@ -315,6 +317,7 @@ class _Pause:
 
     door: Door
     removed: list[_Removed]
+    branches: list[tuple[nn.Module, IndexBranch]]
     blocks: int = 1
 
 
@@ -329,11 +332,12 @@ def hang_door(door: Door) -> None:
 
 
 def take_door(door: Door) -> None:
-    """Put the ``forward`` that the model had back, and take all markers away: no trace remains."""
+    """Put the ``forward`` that the model had back, take all markers and index branches away: no trace remains."""
     with _pausing:
         _paused.pop(door.module, None)
     _unhang(door)
     remove_markers(door.module)
+    remove_index_branches(door.module)
 
 
 def _unhang(door: Door) -> None:
@@ -345,13 +349,13 @@ def _unhang(door: Door) -> None:
 
 @contextlib.contextmanager
 def paused(door: Door) -> Iterator[None]:
-    """The model without its door and markers for the duration; blocks may nest, also across threads."""
+    """The model without its door, markers and index branches for the duration; blocks may nest, also across threads."""
     model = door.module
     with _pausing:
         pause = _paused.get(model)
         if pause is None:
             _unhang(door)
-            _paused[model] = _Pause(door, remove_markers(model))
+            _paused[model] = _Pause(door, remove_markers(model), remove_index_branches(model))
         else:
             pause.blocks += 1
     try:
@@ -367,6 +371,8 @@ def paused(door: Door) -> Iterator[None]:
                     hang_door(door)
                     for marker in pause.removed:
                         marker.put_back()
+                    for module, branch in pause.branches:
+                        module.register_module(INDEXER, branch)
 
 
 def door_of(model: nn.Module) -> Door | None:

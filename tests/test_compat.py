@@ -262,3 +262,12 @@ def test_training_of_a_subclass_is_told_from_everything_else():
     with torch.no_grad():
         assert not _compat.trains_subclasses(model)
     assert not _compat.trains_subclasses(model.requires_grad_(False))
+
+
+def test_a_weak_tensor_dictionary_knows_the_object_and_lets_it_go():
+    states = _compat.WeakTensorKeyDictionary()
+    one, equal = torch.zeros(2), torch.zeros(2)
+    states[one] = "state"
+    assert (states.get(one), states.get(equal), states.get(one.view(2))) == ("state", None, None)
+    del one
+    assert len(states) == 0

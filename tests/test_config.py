@@ -72,9 +72,9 @@ def test_illegal_value_names_field_value_and_range(field, value, legal):
     assert isinstance(caught.value, ValueError)
 
 
-def test_learned_indexer_is_refused_as_needing_calibration():
-    with pytest.raises(ConfigError, match=r"indexer is 'learned'.*needs calibration.*not available in this version"):
-        MSAConfig(indexer="learned")
+@pytest.mark.parametrize("indexer", ["auto", "keys", "learned"])
+def test_each_indexer_can_be_asked_for(indexer):
+    assert MSAConfig(indexer=indexer).indexer == indexer
 
 
 @given(

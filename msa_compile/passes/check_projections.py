@@ -24,8 +24,8 @@ def check_projections(facts: GraphFacts, attention: Attention, key: Node) -> Non
         Refused: Cross-attention (the keys come from elsewhere), latent attention (MLA), or neither queries nor keys are
             made in this graph.
     """
-    queries = _hidden_states(facts, attention.query, attention.output)
-    keys = _hidden_states(facts, key, attention.output)
+    queries = hidden_states(facts, attention.query, attention.output)
+    keys = hidden_states(facts, key, attention.output)
     if not keys and not queries:
         raise Refused(Reason.NOT_CAPTURED, "queries and keys are made in another graph, a graph break lies between")
     if not keys:
@@ -35,29 +35,29 @@ def check_projections(facts: GraphFacts, attention: Attention, key: Node) -> Non
     if queries == keys:
         return
     # One latent projection further back both may meet: that is MLA. Otherwise the keys are somebody else's.
-    behind_queries = queries.union(*(_hidden_states(facts, node, attention.output) for node in queries))
-    behind_keys = keys.union(*(_hidden_states(facts, node, attention.output) for node in keys))
+    behind_queries = queries.union(*(hidden_states(facts, node, attention.output) for node in queries))
+    behind_keys = keys.union(*(hidden_states(facts, node, attention.output) for node in keys))
     if behind_queries & behind_keys:
         raise Refused(Reason.LATENT_ATTENTION, f"queries from {_names(queries)}, keys from {_names(keys)}")
     raise Refused(Reason.CROSS_ATTENTION, f"queries from {_names(queries)}, keys from {_names(keys)}")
 
 
-def _hidden_states(facts: GraphFacts, node: Node, reader: Node) -> set[Node]:
+def hidden_states(facts: GraphFacts, node: Node, reader: Node) -> set[Node]:
     """What the nearest linear projections behind ``node`` read, low-rank adapters (LoRA) looked through."""
-    _, boundary = facts.makers(node, reader, stop=lambda candidate: _projected(candidate) is not None)
+    _, boundary = facts.makers(node, reader, stop=lambda candidate: projected(candidate) is not None)
     found: set[Node] = set()
     for projection in boundary:
-        source = _projected(projection)
+        source = projected(projection)
         if source is None:
             continue
         source = _unmoved(source)
         found.add(source)
     # An adapter's second matrix reads the bare output of its first; the first reads the hidden state itself.
-    bare = {state for state in found if (inner := _projected(state)) is not None and _unmoved(inner) in found}
+    bare = {state for state in found if (inner := projected(state)) is not None and _unmoved(inner) in found}
     return found - bare
 
 
-def _projected(node: Node) -> Node | None:
+def projected(node: Node) -> Node | None:
     """What a linear projection reads, or ``None`` for any other node."""
     source: object
     if is_op(node, aten.linear, aten.mm):

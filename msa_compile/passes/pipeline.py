@@ -7,16 +7,17 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from msa_compile._compat import HigherOrderOperator
 from msa_compile.config import MSAConfig
+from msa_compile.index_keys import IndexBinding
 from msa_compile.passes.canonicalize import TRANSPARENT_BODIES, canonicalize
 from msa_compile.passes.canonicalize_exported import canonicalize_exported
 from msa_compile.passes.detect_attention import detect_attention
 from msa_compile.passes.eliminate_dead_code import eliminate_dead_code
+from msa_compile.passes.plan_index import markers_of, plan_indexers
 from msa_compile.passes.plan_sites import plan_sites
 from msa_compile.passes.rewrite_attention import rewrite_attention
 from msa_compile.passes.verify_graph import verify_graph
@@ -27,10 +28,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PassResult:
-    """A rewritten graph and what was done to it."""
+    """A rewritten graph and what was done to it.
+
+    Attributes:
+        module: The graph.
+        record: What was found and done.
+        bindings: Index keys that it takes in behind its inputs and hands out behind its outputs.
+    """
 
     module: GraphModule
     record: GraphRecord
+    bindings: tuple[IndexBinding, ...] = ()
 
 
 def run_passes(
@@ -63,9 +71,12 @@ def run_passes(
         gm, canonical = captured, canonicalize(captured)
     traced = time.perf_counter()
     sites: list[Site] = []
+    bindings: list[IndexBinding] = []
     for body in _bodies(canonical):
-        sites += _run_on_body(body, config, windows, owner if rewrite else None)
-    verify_graph(canonical, gm)
+        found, bound = _run_on_body(body, config, windows, owner if rewrite else None, is_body=body is not canonical)
+        sites += found
+        bindings += bound
+    verify_graph(canonical, gm, bindings)
     broken = _break_of(gm)
     record = GraphRecord(
         sites=tuple(_with_breaks(_numbered(sites), after, broken)),
@@ -82,23 +93,28 @@ def run_passes(
         record.retrace_seconds,
         record.passes_seconds,
     )
-    return PassResult(canonical, record)
+    return PassResult(canonical, record, tuple(bindings))
 
 
-def _run_on_body(body: GraphModule, config: MSAConfig, windows: dict[str, int], owner: int | None) -> list[Site]:
+def _run_on_body(
+    body: GraphModule, config: MSAConfig, windows: dict[str, int], owner: int | None, *, is_body: bool
+) -> tuple[list[Site], list[IndexBinding]]:
     plans = plan_sites(detect_attention(body.graph), config, windows, measure=owner is not None)
-    for found, site in plans:
+    indexed = plan_indexers(body.graph, plans, config, is_body=is_body, needs_weights=owner is not None)
+    bindings: list[IndexBinding] = []
+    for found, site, index in indexed:
         if owner is not None and site.decision == "sparse":
             assert found.proved is not None, "a sparse site is proved"
             assert site.dense_below is not None, "a sparse site has its dense threshold"
-            own = config.for_site(site.name)
-            rewrite_attention(body.graph, found.proved, site.name, own, site.dense_below.keys, owner)
-    sites = [site for _, site in plans]
+            own, threshold = config.for_site(site.name), site.dense_below.keys
+            bound = rewrite_attention(body.graph, found.proved, site.name, own, threshold, owner, index)
+            bindings += [] if bound is None else [bound]
+    sites = [site for _, site, _ in indexed]
     _erase_markers(body, {site.name.split(":")[0] for site in sites})
     eliminate_dead_code(body.graph)
     body.graph.lint()
     body.recompile()
-    return sites
+    return sites, bindings
 
 
 def _bodies(gm: GraphModule) -> list[GraphModule]:
@@ -154,11 +170,6 @@ def _erase_markers(body: GraphModule, owners: Collection[str]) -> None:
     A marker whose module has no site here stays: the site was cut by a graph break, and the marker will say so when it
     runs.
     """
-    marker = torch.ops.msa.site.default
-    for node in list(body.graph.nodes):
-        if node.target is marker and _marked(node) in owners:
+    for node in markers_of(body.graph):
+        if node.args[1] in owners:
             body.graph.erase_node(node)
-
-
-def _marked(node: Node) -> object:
-    return node.args[1]

@@ -1,0 +1,105 @@
+"""Find where the keys of an attention are kept: the keys of this call, and the cache that they join.
+
+Index keys are kept beside the keys, slot by slot. So what the graph does to its key cache is read here as it is
+spelled, a concatenation or one write into a buffer, and `insert_index_branch` does the same to the index keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from msa_compile.passes.attention import Heads
+from msa_compile.passes.graph_facts import GraphFacts, argument, is_op, is_owned, tensor_value
+from msa_compile.passes.placed import IndexRefused, Placed, dimension_of, unmoved
+from msa_compile.passes.trace_key_store import Store, trace_key_store, without_writes
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class KeyCache:
+    """Where keys come from.
+
+    Attributes:
+        fresh: The keys of this call, ``[B, H, T, D]`` in some order.
+        past: What they are appended to, an input of the graph.
+        store: What they are written into instead.
+        outputs: Places among the graph's outputs of the tensor that holds all keys afterwards.
+    """
+
+    fresh: Placed
+    past: Placed | None = None
+    store: Store | None = None
+    outputs: tuple[int, ...] = ()
+
+
+def trace_key_cache(facts: GraphFacts, key: Heads, reader: Node, *, is_body: bool) -> KeyCache:
+    """Where the keys that ``reader`` attends to come from.
+
+    Args:
+        facts: Facts of the graph.
+        key: The un-repeated keys.
+        reader: The attention's output.
+        is_body: Whether the graph is the body of another, which cannot be handed a cache of ours.
+
+    Raises:
+        IndexRefused: They come from something else than this call, a concatenation, or one write into a buffer.
+    """
+    if len(key.permutation) != 4:
+        raise IndexRefused("the keys are not [B, H, T, D] in some order")
+    axes = ["?"] * 4
+    for axis, dim in zip("BHTD", key.permutation, strict=True):
+        axes[dim] = axis
+    placed = Placed(key.node, "".join(axes))
+    cache = _stored(facts, placed, key.count, reader) if facts.writes(key.node, reader) else _appended(facts, placed)
+    if not is_body:
+        return cache
+    if cache.past is not None or cache.store is not None:
+        raise IndexRefused("the key cache is used inside a checkpointed region")
+    return KeyCache(cache.fresh)
+
+
+def _stored(facts: GraphFacts, placed: Placed, heads: int, reader: Node) -> KeyCache:
+    store = trace_key_store(facts, placed, heads, reader)
+    outputs: tuple[int, ...] = ()
+    if store.root.op != "placeholder":
+        outputs = tuple(index for index, node in enumerate(_outputs(facts)) if without_writes(node) is store.root)
+    return KeyCache(unmoved(store.value), store=store, outputs=outputs)
+
+
+def _appended(facts: GraphFacts, placed: Placed) -> KeyCache:
+    joined = unmoved(placed)
+    if facts.writes(joined.node, facts.graph.output_node()):
+        raise IndexRefused("the keys are changed in place after they are computed")
+    outputs = tuple(index for index, node in enumerate(_outputs(facts)) if _unmoved_node(node) is joined.node)
+    if not is_op(joined.node, aten.cat):
+        return KeyCache(joined, outputs=outputs)
+    dim = dimension_of(argument(joined.node, "dim"), 4)
+    parts = [part for part in joined.node.all_input_nodes if not _is_empty(part)]
+    if joined.axes[dim] != "T":
+        return KeyCache(joined, outputs=outputs)  # of channels: RoPE on a part of them
+    fresh = unmoved(Placed(parts[-1], joined.axes))
+    if len(parts) == 1:
+        return KeyCache(fresh, outputs=outputs)
+    past = unmoved(Placed(parts[0], joined.axes))
+    if len(parts) > 2 or past.node.op != "placeholder" or is_owned(past.node):
+        raise IndexRefused("the keys are appended to something else than a cache that was handed in")
+    return KeyCache(fresh, past, outputs=outputs)
+
+
+def _unmoved_node(node: Node) -> Node | None:
+    value = tensor_value(node)
+    return unmoved(Placed(node, "BHTD")).node if value is not None and value.dim() == 4 else None
+
+
+def _outputs(facts: GraphFacts) -> list[Node]:
+    found = facts.graph.output_node().args[0]
+    return list(found) if isinstance(found, (list, tuple)) else []  # type: ignore[arg-type]
+
+
+def _is_empty(node: object) -> bool:
+    value = tensor_value(node)
+    return value is not None and value.dim() == 1 and value.shape[0] == 0
