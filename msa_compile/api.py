@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
@@ -32,6 +34,9 @@ from msa_compile.errors import (
     NotAModuleError,
     NotSparseError,
 )
+from msa_compile.export.export_model import export_model
+from msa_compile.export.plan_call import Request
+from msa_compile.export.records import Cache, ExportResult
 from msa_compile.kernels.given_mask import biased_calls
 from msa_compile.passes.pipeline import run_passes
 from msa_compile.report import Report, build_report
@@ -223,6 +228,69 @@ def explain(model: nn.Module | ExportedProgram, *args: Any, config: MSAConfig | 
             )
         records = discover_first(model, candidates, used, {} if door is None else door.windows).records
     return build_report(records, used, counts, sparsified=door is not None)
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    example_inputs: Any = None,
+    format: str | None = None,
+    dynamic_shapes: Any = None,
+    cache: Cache = "none",
+    max_length: int | None = None,
+) -> ExportResult:
+    """Write a sparsified model to a file that runs without this package, its attention sparse.
+
+    The model goes through ``torch.export`` and the same passes as at run time. Every length runs sparse in the
+    artifact; up to the budget that is the same attention as dense. Nothing is written unless all checks are passed.
+
+    Args:
+        model: A sparsified model; it is not changed.
+        path: Where to; the suffix says the format.
+        example_inputs: A dict of keyword arguments, a tuple of positional ones, or one tensor; a transformers model
+            brings its own.
+        format: ``"onnx"``; default by the suffix.
+        dynamic_shapes: Open sizes as ``torch.export.export`` takes them, each with its range; default batch and length
+            of the first input. For a transformers decoder those of ``input_ids`` are enough.
+        cache: ``"none"``: what the model takes and returns is what the artifact takes and returns. For a transformers
+            decoder also ``"explicit"``: keys and values of each layer go in and come out longer; and ``"static"``: they
+            are buffers of ``max_length``, each row written at its ``position``. Both return the logits of the last
+            token, and do prefill and decode in one artifact.
+        max_length: The longest call, prompt and new tokens together; default ``config.max_position_embeddings``.
+
+    Returns:
+        What was written and what was checked; ``print`` it.
+
+    Raises:
+        NotSparseError: The model is not sparsified.
+        ExportFormatError, ExportPackageError, ExportCacheError: What was asked for is not there.
+        ExampleInputsError: Inputs that do not fit, or lie outside the range of an open size.
+        CaptureError, ExportNotSparseError: The model cannot be captured, or not all of its sparse sites.
+        ExportMemoryError: The longest call would make a tensor of ``Tq x Tk``, or one above the bound.
+        ExportMismatchError, ExportWriteError: The artifact is wrong, or cannot be written.
+    """
+    door = _require_door(model)
+    assert isinstance(door, SparseDoor), "there is one kind of door"
+    candidates = candidate_inputs(model, example_inputs)
+    if not candidates:
+        raise ExampleInputsError(f"export needs example_inputs for {type(model).__name__}")
+    inputs = candidates[-1]
+    if not door.discovery.records:
+        door.before_call(inputs.args, dict(inputs.kwargs))
+    with paused(door):
+        request = Request(
+            model=model,
+            args=inputs.args,
+            kwargs=inputs.kwargs,
+            config=door.config,
+            windows=door.windows,
+            sites=tuple(door.discovery.sites),
+            dynamic_shapes=dynamic_shapes,
+            cache=cache,
+            max_length=max_length,
+        )
+        return export_model(request, Path(path), format)
 
 
 def _require_door(model: nn.Module) -> Door:

@@ -71,3 +71,27 @@ class UnknownModelError(MSAError, ValueError):
 
 class BenchArgumentError(MSAError, ValueError):
     """Raised when `msa_compile.bench` is given lengths, layers or a device that it cannot measure."""
+
+
+class ExportFormatError(MSAError, ValueError):
+    """Raised when the format of an export is not known, or cannot hold the cache that is asked for."""
+
+
+class ExportCacheError(MSAError, ValueError):
+    """Raised when a model cannot be exported with the cache that is asked for."""
+
+
+class ExportPackageError(MSAError, ImportError):
+    """Raised when a package is missing that an export needs."""
+
+
+class ExportMemoryError(MSAError, ValueError):
+    """Raised when an artifact would not fit the longest call of its profile."""
+
+
+class ExportMismatchError(MSAError, RuntimeError):
+    """Raised when an artifact computes something else than the model; nothing is written then."""
+
+
+class ExportWriteError(MSAError, OSError):
+    """Raised when an artifact cannot be written; no part of it is left."""
