@@ -191,6 +191,9 @@ def decoder_call(model: nn.Module, kwargs: Mapping[str, Any], cache: Cache, leng
     ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         raise ExampleInputsError("attention_mask of an export is a tensor [B, T], or left out where nothing is padded")
+    # torch.export takes a size of 1 for a constant.
+    repeats = [1 if size > 1 else 2 for size in ids.shape]
+    ids, mask = ids.repeat(repeats), None if mask is None else mask.repeat(repeats)
     rows = {0: lengths.batch, 1: lengths.length}
     if cache == "none":
         given = {"input_ids": ids} | ({} if mask is None else {"attention_mask": mask})

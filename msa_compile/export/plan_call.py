@@ -118,6 +118,11 @@ def _open_sizes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     first = next((tensor for tensor in tensors if tensor.dim() >= 2), None)
     if first is None:
         raise ExampleInputsError("no input has a batch and a length; give dynamic_shapes")
+    if 1 in first.shape[:2]:
+        raise ExampleInputsError(
+            f"the first input is {list(first.shape)}, and torch.export takes a size of 1 for a constant: give an "
+            "example with two rows and two tokens at least, or dynamic_shapes that say what is open"
+        )
     length, batch = Dim("length", min=1, max=most), Dim("batch", min=1, max=_LARGEST_BATCH)
 
     def dims(value: Any) -> dict[int, Any] | None:
