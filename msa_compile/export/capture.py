@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from msa_compile import _compat
 from msa_compile.config import MSAConfig
 from msa_compile.errors import CaptureError, ExampleInputsError, ExportNotSparseError, MSAError
-from msa_compile.export.positions import bound_masks
+from msa_compile.export.positions import bound_masks, spell_content_starts
 from msa_compile.export.records import Port, Range, SparseProgram, name_size
 from msa_compile.passes.pipeline import run_passes
 
@@ -74,6 +74,7 @@ def capture(call: Call, config: MSAConfig, windows: Mapping[str, int], expected:
     _check_sparse(result.record.sites, expected)
     _clean(result.module)
     bound_masks(result.module)
+    spell_content_starts(result.module)
     _clean(result.module)
     return _describe(_with_graph(program, result.module), result.record.sites, call)
 

@@ -16,7 +16,7 @@ def profiles_of(sparse: SparseProgram) -> dict[str, dict[str, int]]:
     """The longest calls: all tokens at once, and one token after all others."""
     most = {name: allowed.most for name, allowed in sparse.ranges.items()} | {"batch": 1}
     longest = most | ({"past": 0} if "past" in most else {})
-    if "total" in most:
+    if {"total", "past"} <= set(most):
         longest["total"] = most["length"]
     made = {"the longest prompt": longest}
     if "past" in most:
@@ -29,7 +29,7 @@ def profiles_of(sparse: SparseProgram) -> dict[str, dict[str, int]]:
 def halved(sizes: Mapping[str, int]) -> dict[str, int]:
     """The sizes of a call half as long."""
     halved = {name: size if name == "batch" else max(size // 2, min(size, 1)) for name, size in sizes.items()}
-    if "total" in halved:
+    if {"total", "past"} <= set(halved):
         halved["total"] = halved["length"] + halved["past"]
     return halved
 

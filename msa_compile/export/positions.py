@@ -7,6 +7,8 @@ which says what the mask means and not what it holds; afterwards `bound_masks` p
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
@@ -94,20 +96,39 @@ def bound_masks(gm: GraphModule) -> None:
     gm.recompile()
 
 
+def spell_content_starts(gm: GraphModule) -> None:
+    """Write out where the content of each row starts, where a row of padding says it and nothing else is read."""
+    graph = gm.graph
+    key_start = 1  # of what `msa::mask_positions` returns
+    for positions in [node for node in graph.nodes if node.target is torch.ops.msa.mask_positions.default]:
+        mask, query = positions.args
+        value, batch = mask.meta["val"], query.meta["val"].shape[0]
+        parts = [part for part in positions.users if part.users]
+        is_row = value.shape[1] == 1 and value.shape[2] == 1 and str(value.shape[0]) == str(batch)
+        if not is_row or any(part.args[1] != key_start for part in parts):
+            continue
+        for part in parts:
+            with graph.inserting_before(part), value.fake_mode:
+                row = _call(graph, aten.squeeze.dims, mask, [1, 2])
+                number = _call(graph, aten.to.dtype, row, torch.int32)
+                part.replace_all_uses_with(_call(graph, aten.argmax.default, number, 1))
+    graph.lint()
+    gm.recompile()
+
+
+def _call(graph: Graph, target: Any, *args: Any) -> Node:
+    """A call before the point of insertion, with its value."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*(arg.meta["val"] if isinstance(arg, Node) else arg for arg in args))
+    return node
+
+
 _IMPLIED = ("mask", "query_start", "key_start", "document_start", "is_causal")
 
 
 def _padding(graph: Graph, before: Node, key_visible: Node) -> tuple[Node, Node]:
     """The padding as a mask of one row, and where the content of each row starts."""
-    value = key_visible.meta["val"]
-    with graph.inserting_before(before):
-        number = graph.call_function(aten.to.dtype, (key_visible, torch.int32))
-        key_start = graph.call_function(aten.argmax.default, (number, 1))
-        row = graph.call_function(aten.unsqueeze.default, (key_visible, 1))
-        mask = graph.call_function(aten.unsqueeze.default, (row, 1))
-    with value.fake_mode:
-        number.meta["val"] = value.to(torch.int32)
-        key_start.meta["val"] = number.meta["val"].argmax(1)
-        row.meta["val"] = value.unsqueeze(1)
-        mask.meta["val"] = row.meta["val"].unsqueeze(1)
-    return mask, key_start
+    with graph.inserting_before(before), key_visible.meta["val"].fake_mode:
+        key_start = _call(graph, aten.argmax.default, _call(graph, aten.to.dtype, key_visible, torch.int32), 1)
+        row = _call(graph, aten.unsqueeze.default, key_visible, 1)
+        return _call(graph, aten.unsqueeze.default, row, 1), key_start

@@ -50,8 +50,8 @@ def samples(sparse: SparseProgram, block_size: int, budget: int) -> tuple[list[S
             left_out.append(f"lengths beyond the budget of {budget} keys: more than {LONGEST} were not run")
     made = []
     for sizes in wanted:
-        if "total" in sizes:
-            sizes = sizes | {"total": sizes["length"] + sizes.get("past", 0)}
+        if {"total", "past"} <= set(sizes):
+            sizes = sizes | {"total": sizes["length"] + sizes["past"]}
         if all(sparse.ranges[name].least <= size <= sparse.ranges[name].most for name, size in sizes.items()):
             made.append(_sample(sparse, sizes))
     return made, tuple(left_out)
