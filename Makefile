@@ -5,7 +5,7 @@ PYTHON ?= python3
 # A torch that the user names is always installed; the default only where .venv has none that will do.
 TORCH_GIVEN := $(if $(filter undefined,$(origin TORCH)),,$(TORCH))
 TORCH ?= torch==2.13.0
-EXTRAS := hf,viz,triton,dev
+EXTRAS := hf,onnx,viz,triton,dev
 ARGS ?=
 
 BIN := .venv/bin

@@ -1,11 +1,14 @@
 """MiniMax Sparse Attention for any PyTorch model: detected in the captured graph, rewritten, compiled."""
 
-# `msa_compile.evaluate` is this verb; what it is made of is in the folder of that name.
-from msa_compile.api import dense, evaluate, explain, fit_budget, load, save, sparsify, unsparsify
+# `msa_compile.evaluate` and `msa_compile.export` are these verbs; what they are made of is in the folders of that name.
+from msa_compile.api import dense, explain, sparsify, unsparsify
 from msa_compile.config import MSAConfig
 from msa_compile.evaluate.fitted import BudgetFit
 from msa_compile.evaluate.result import Evaluation
+from msa_compile.export.records import ExportResult
+from msa_compile.files import export, load, save
 from msa_compile.functional import attention
+from msa_compile.quality import evaluate, fit_budget
 from msa_compile.records import Reason, Site
 from msa_compile.report import Report
 
@@ -14,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BudgetFit",
     "Evaluation",
+    "ExportResult",
     "MSAConfig",
     "Reason",
     "Report",
@@ -22,6 +26,7 @@ __all__ = [
     "dense",
     "evaluate",
     "explain",
+    "export",
     "fit_budget",
     "load",
     "save",

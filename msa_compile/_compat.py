@@ -54,6 +54,7 @@ __all__ = [
     "TensorifyScalarRestartAnalysis",
     "TracingContext",
     "WeakTensorKeyDictionary",
+    "cache_of",
     "compile_isolated",
     "compiled_module_class",
     "disable_proxy_modes_tracing",
@@ -134,6 +135,13 @@ def compiled_module_class() -> type[torch.nn.Module]:
     from torch._dynamo.eval_frame import OptimizedModule
 
     return OptimizedModule
+
+
+def cache_of(layers: list[Any]) -> Any:
+    """A cache of transformers that consists of the given layers."""
+    from transformers import Cache
+
+    return Cache(layers=layers)
 
 
 def hub_config(name: str) -> Any:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 from torch.export import ExportedProgram
 
 from msa_compile._compat import compiled_module_class
-from msa_compile.adapter import check_adapter, insert_adapter, read_adapter, write_adapter
-from msa_compile.backend import BudgetBackend, MSABackend, check_inner, check_strict
+from msa_compile.backend import MSABackend, check_inner, check_strict
 from msa_compile.config import MSAConfig
 from msa_compile.discover import (
     CallInputs,
@@ -35,12 +33,6 @@ from msa_compile.errors import (
     NotAModuleError,
     NotSparseError,
 )
-from msa_compile.evaluate.budget import BudgetTask, fit
-from msa_compile.evaluate.compare import check_edges, default_edges
-from msa_compile.evaluate.fitted import BudgetFit
-from msa_compile.evaluate.probes import ProbePlan, check_plan
-from msa_compile.evaluate.result import Evaluation
-from msa_compile.evaluate.run import Pair, evaluate_pair
 from msa_compile.kernels.given_mask import biased_calls
 from msa_compile.kernels.select_blocks import missed_selections
 from msa_compile.passes.pipeline import run_passes
@@ -183,50 +175,7 @@ def unsparsify(model: Model) -> Model:
     Raises:
         NotSparseError: The model is not sparsified.
     """
-    take_door(_require_door(model))
-    return model
-
-
-def save(model: nn.Module, folder: str | Path) -> None:
-    """Save the index branches of a sparsified model, and what they belong to; the base is not saved.
-
-    Args:
-        model: Sparsified, with a learned indexer at some site.
-        folder: Made if it is not there; an adapter in it is replaced.
-
-    Raises:
-        NotSparseError: The model is not sparsified.
-        AdapterError: It has no index branch, or safetensors is not installed.
-    """
-    door = _require_door(model)
-    assert isinstance(door, SparseDoor), "there is one kind of door"
-    write_adapter(model, door.config, folder)
-
-
-def load(model: Model, folder: str | Path, *, example_inputs: Any = None) -> Model:
-    """Give a model the index branches of a folder that :func:`save` wrote.
-
-    Args:
-        model: With the base that the adapter was saved from. A plain model is sparsified with the saved config; one
-            that is sparsified keeps its own.
-        folder: The adapter.
-        example_inputs: As in :func:`sparsify`, for a plain model.
-
-    Returns:
-        ``model`` itself.
-
-    Raises:
-        AdapterError: The folder is no adapter, is damaged or of an unknown schema, or belongs to another model; the
-            model is as it was, unless a branch in it does not fit.
-    """
-    adapter = read_adapter(folder)
-    door = door_of(model)
-    check_adapter(adapter, model)
-    if door is None:
-        sparsify(model, adapter.config, example_inputs=example_inputs)
-        door = door_of(model)
-    assert isinstance(door, SparseDoor), "there is one kind of door"
-    insert_adapter(adapter, model, is_forced=door.config.indexer == "learned")
+    take_door(require_door(model))
     return model
 
 
@@ -239,7 +188,7 @@ def dense(model: Model) -> Iterator[Model]:
     Raises:
         NotSparseError: The model is not sparsified.
     """
-    with paused(_require_door(model)):
+    with paused(require_door(model)):
         yield model
 
 
@@ -274,7 +223,7 @@ def explain(model: nn.Module | ExportedProgram, *args: Any, config: MSAConfig | 
     if door is not None and config is not None and config != door.config:
         raise AlreadySparseError("the model is sparsified with a config of its own; unsparsify it to examine another")
     used = door.config if door is not None else config or MSAConfig()
-    counts, missed = _dense_calls(model, door), 0
+    counts, missed = count_dense_calls(model, door), 0
     records = () if door is None or door.backend is None else tuple(door.backend.records)
     if door is not None:
         records = records or door.discovery.records
@@ -295,102 +244,7 @@ def explain(model: nn.Module | ExportedProgram, *args: Any, config: MSAConfig | 
     )
 
 
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[Any],
-    *,
-    probe_lengths: Sequence[int] = (),
-    probe_samples: int = 8,
-    tokenizer: Any = None,
-    position_edges: Sequence[int] | None = None,
-    progress: bool = True,
-    seed: int = 0,
-) -> Evaluation:
-    """Compare the sparse model with the dense one on your data; ``print`` the result, or ``plot`` it.
-
-    Both are called on every batch, in eval mode and without gradients; the model is left as it was, on errors and on
-    Ctrl-C too. What counts is the next token of every token that is not padding: of the ids themselves, or of
-    ``labels``, where -100 does not count. Memory: the dense logits of one batch are kept in main memory beside the
-    sparse ones, in the model's own dtype.
-
-    Args:
-        model: A sparsified model.
-        batches: Dicts of keyword arguments, tuples of positional ones, or tensors of token ids; any iterable.
-        probe_lengths: Tokens of the prompts in which a needle, one of many needles and a chain of variables have to be
-            found again; none is no probes.
-        probe_samples: Prompts of each probe and length.
-        tokenizer: Something with ``encode(text)``, for probes in English; without it they are made of token ids alone,
-            and measure whether the model repeats what it saw once in your text.
-        position_edges: Positions at which a row of the table starts; default: the budget, and then doubling.
-        progress: Whether a bar is shown, where tqdm is installed.
-        seed: Of what the probes hide, and where.
-
-    Raises:
-        NotSparseError: The model is not sparsified, or is dense in a ``with dense(model)`` block.
-        BatchError, EmptyDataError: The batches will not do.
-        NoLogitsError, NonFiniteError: What the model returns will not do.
-        EvaluateArgumentError: A number is outside its legal range.
-    """
-    door = _require_sparse(model)
-    budget = door.config.topk_blocks * door.config.block_size
-    edges = default_edges(budget) if position_edges is None else check_edges(position_edges)
-    plan = check_plan(ProbePlan(tuple(probe_lengths), probe_samples, tokenizer, seed))
-    evaluation = evaluate_pair(_pair(model, door), batches, edges, plan, progress=progress)
-    door.evaluated = evaluation.headline
-    return evaluation
-
-
-def fit_budget(
-    model: nn.Module,
-    batches: Iterable[Any],
-    *,
-    max_nll_increase: float,
-    candidates: Sequence[int] | None = None,
-    progress: bool = True,
-) -> BudgetFit:
-    """Find the fewest blocks a layer that keep the loss on your data within a bar; layers may stay dense.
-
-    First every layer alone is tried with every candidate, the others dense. Then budgets are taken away where that
-    costs least for the keys that it saves, as far as the bar allows; what is returned was measured as it is. Calls are
-    sparse however short they are (``dense_below=0``), and only captured, not compiled further. The model is left as it
-    was: apply the result with ``sparsify(unsparsify(model), fit.config)``.
-
-    Args:
-        model: A sparsified model; its other settings stay.
-        batches: As for :func:`evaluate`; they are gone through about once for each layer and candidate, so a few will
-            do. They have to be longer than the budgets to try.
-        max_nll_increase: The bar: mean negative log-likelihood may rise by that much, in nats a token.
-        candidates: Blocks a query to try; default: powers of two below what the longest batch has.
-        progress: Whether a bar is shown, where tqdm is installed.
-
-    Returns:
-        The config, the budget of each layer, and the frontier; ``print`` or ``plot`` it.
-
-    Raises:
-        BudgetNotMetError: No candidate keeps the bar in any layer.
-        EvaluateArgumentError: A number is outside its legal range, or the batches are too short to choose.
-        NotSparseError, BatchError, EmptyDataError, NoLogitsError, NonFiniteError: As for :func:`evaluate`.
-    """
-    door = _require_sparse(model)
-    backend = BudgetBackend(door.config, model, door.windows, door.expected)
-    task = BudgetTask(
-        pair=_pair(model, door),
-        trying=lambda: door.compiling_with(backend),
-        set_budgets=backend.set_budgets,
-        sites=lambda: tuple(site for record in backend.records for site in record.sites if site.decision == "sparse"),
-    )
-    return fit(task, batches, max_nll_increase, candidates, progress=progress)
-
-
-def _pair(model: nn.Module, door: SparseDoor) -> Pair:
-    def dense_below() -> int:
-        sites = [site for record in door.backend.records for site in record.sites] if door.backend else []
-        return max((site.dense_below.keys for site in sites if site.dense_below), default=0)
-
-    return Pair(model, door.config, lambda: dense(model), lambda: sum(_dense_calls(model, door).values()), dense_below)
-
-
-def _dense_calls(model: nn.Module, door: Door | None) -> dict[str, int]:
+def count_dense_calls(model: nn.Module, door: Door | None) -> dict[str, int]:
     """How often sites ran dense although the model is sparsified, by where that was noticed."""
     counts: dict[str, int] = {name: int(token.item()) for name, token in marker_tokens(model).items()}
     if door is not None and door.backend is not None:
@@ -400,15 +254,17 @@ def _dense_calls(model: nn.Module, door: Door | None) -> dict[str, int]:
     return counts
 
 
-def _require_sparse(model: nn.Module) -> SparseDoor:
-    door = _require_door(model)
+def require_sparse(model: nn.Module) -> SparseDoor:
+    """The door of a model that is sparse now; raise ``NotSparseError`` for any other."""
+    door = require_door(model)
     if model.__dict__.get("forward") is not door:
         raise NotSparseError("the model is dense in this `with msa_compile.dense(model)` block; call it outside")
     assert isinstance(door, SparseDoor), "there is one kind of door"
     return door
 
 
-def _require_door(model: nn.Module) -> Door:
+def require_door(model: nn.Module) -> Door:
+    """The door of a sparsified model, also where it is dense for a while; raise ``NotSparseError`` for any other."""
     door = door_of(model)
     if door is not None and model.__dict__.get("forward", door) is door:
         return door

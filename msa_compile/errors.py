@@ -107,3 +107,23 @@ class BudgetNotMetError(MSAError, ValueError):
 
 class MissingPackageError(MSAError, ImportError):
     """Raised when an optional package is needed for what was asked, and is not installed."""
+
+
+class ExportFormatError(MSAError, ValueError):
+    """Raised when the format of an export is not known, or cannot hold the cache that is asked for."""
+
+
+class ExportCacheError(MSAError, ValueError):
+    """Raised when a model cannot be exported with the cache that is asked for."""
+
+
+class ExportMemoryError(MSAError, ValueError):
+    """Raised when an artifact would not fit the longest call of its profile."""
+
+
+class ExportMismatchError(MSAError, RuntimeError):
+    """Raised when an artifact computes something else than the model; nothing is written then."""
+
+
+class ExportWriteError(MSAError, OSError):
+    """Raised when an artifact cannot be written; no part of it is left."""

@@ -165,8 +165,8 @@ class Door(abc.ABC):
         """Call the model through its own compiled forward."""
         if torch.compiler.is_exporting():
             raise ExportNotSparseError(
-                "torch.export of a sparsified model would record the dense model. To export the dense model on "
-                "purpose, export inside `with msa_compile.dense(model):`."
+                "torch.export of a sparsified model would record the dense model. msa_compile.export(model, path) "
+                "writes the sparse one; for the dense one, export inside `with msa_compile.dense(model):`."
             )
         self.before_call(args, kwargs)
         static = trains_subclasses(self.module)

@@ -12,7 +12,7 @@ from msa_compile.kernels.given_mask.op import HIDDEN
 from msa_compile.passes.attention import Attention, MaskTerm, Refused
 from msa_compile.passes.graph_facts import GraphFacts, tensor_value
 from msa_compile.passes.lift_mask import LiftedMask
-from msa_compile.passes.replay import Sizes, concrete, replay
+from msa_compile.passes.replay import ReplayError, Sizes, concrete, replay
 from msa_compile.records import Reason
 
 
@@ -88,4 +88,7 @@ def _visible(mask: torch.Tensor, term: MaskTerm, tq: int, tk: int) -> torch.Tens
     seen = seen.squeeze(1) if seen.dim() == 5 else seen[(None,) * (4 - seen.dim())]
     if not (seen == seen[:, :1]).all():
         raise Refused(Reason.MASK_PER_HEAD, f"{term.node} differs between heads")
+    if any(size not in (1, wanted) for size, wanted in zip(seen.shape[2:], (tq, tk), strict=True)):
+        # An exported program may have a size of its own for a mask that is handed in.
+        raise ReplayError(f"{term.node} is {tuple(seen.shape[2:])} for {tq} queries and {tk} keys")
     return seen[:, 0].expand(-1, tq, tk)

@@ -168,7 +168,7 @@ def test_text_and_json_hold_the_layers_and_the_frontier(fit, tmp_path):
 def test_calls_that_ran_dense_meanwhile_are_said(model, fit, monkeypatch):
     assert fit.notes == ()
     count = itertools.count()
-    monkeypatch.setattr("msa_compile.api._dense_calls", lambda *_: {"somewhere": next(count)})
+    monkeypatch.setattr("msa_compile.quality.count_dense_calls", lambda *_: {"somewhere": next(count)})
     found = msa_compile.fit_budget(model, DATA, max_nll_increase=1.0, candidates=[2], progress=False)
     assert "WARNING: 1 calls of sparse sites ran DENSE" in str(found)
 
