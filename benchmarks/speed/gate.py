@@ -30,7 +30,7 @@ class Verdict:
 
     Attributes:
         complaints: What was found wrong; none is green.
-        error: Largest relative error of an output row that was looked at.
+        error: Largest relative error of an output row that was looked at; 0 where none was compared.
     """
 
     complaints: tuple[str, ...] = ()
@@ -42,7 +42,9 @@ class Verdict:
         return not self.complaints
 
     def __str__(self) -> str:
-        return f"green, relative error {self.error:.1e}" if self.is_green else f"RED: {'; '.join(self.complaints[:3])}"
+        if not self.is_green:
+            return f"RED: {'; '.join(self.complaints[:3])}"
+        return f"green, relative error {self.error:.1e}" if self.error else "green"
 
 
 @dataclass(frozen=True)

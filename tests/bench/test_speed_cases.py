@@ -182,4 +182,5 @@ def test_the_roofline_is_the_slower_of_the_two_ceilings():
 
 def test_a_verdict_names_its_complaints():
     assert str(Verdict((), 1e-7)) == "green, relative error 1.0e-07"
+    assert str(Verdict()) == "green"
     assert str(Verdict(("this", "that"))) == "RED: this; that"
