@@ -117,6 +117,10 @@ class ExportCacheError(MSAError, ValueError):
     """Raised when a model cannot be exported with the cache that is asked for."""
 
 
+class ExportIndexerError(MSAError, ValueError):
+    """Raised when a site selects by a learned indexer, which an artifact cannot hold yet."""
+
+
 class ExportMemoryError(MSAError, ValueError):
     """Raised when an artifact would not fit the longest call of its profile."""
 

@@ -144,8 +144,8 @@ def to_markdown(results: Results, picture: str | None) -> str:
         "but extrapolated from the longest length that was. No ratio stands where the gate is red. *theory* is",
         "the ratio of FLOPs, for decode of bytes; *roof* the least time that the measured matrix and copy rates allow,",
         "as a share of the time taken (what only reads can be faster than a copy); memory is above the inputs.",
-        "*default* is what a user gets without this package, *best* the fastest of the ways that PyTorch has. Inputs are",
-        "normal random numbers.",
+        "*default* is what a user gets without this package, *best* the fastest of the ways that PyTorch has. Inputs",
+        "are normal random numbers.",
         "",
     ]
     if picture:

@@ -11,6 +11,7 @@ from msa_compile.errors import (
     CaptureError,
     ExampleInputsError,
     ExportFormatError,
+    ExportIndexerError,
     ExportMismatchError,
     ExportNotSparseError,
     ExportWriteError,
@@ -126,3 +127,11 @@ def test_a_site_that_is_lost_between_model_and_program_is_an_error(model, tmp_pa
     monkeypatch.setattr(msa_compile.MSAConfig, "matches", lambda self, name: name != lost)
     with pytest.raises(ExportNotSparseError, match="would be dense in the artifact"):
         msa_compile.export(model, tmp_path / "m.onnx", example_inputs=tokens(2, 23), max_length=64)
+
+
+def test_a_learned_indexer_is_refused_and_not_replaced(tmp_path):
+    config = msa_compile.MSAConfig(block_size=4, topk_blocks=3, indexer="learned")
+    model = msa_compile.sparsify(ZOO["llama"].build(), config, inner="eager")
+    with pytest.raises(ExportIndexerError, match=r'self_attn\.indexer.*indexer="keys"'):
+        msa_compile.export(model, tmp_path / "m.onnx", example_inputs=tokens(2, 23))
+    assert list(tmp_path.iterdir()) == []
