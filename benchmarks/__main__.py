@@ -110,7 +110,7 @@ def _run_end_to_end(dtype: str, device: torch.device, threads: int, options: arg
         topk=2 if options.quick else 16,
         dense_below=0 if options.quick else "auto",
         new_tokens=4 if options.quick else 16,
-        has_compile_times=not options.quick,
+        has_compile_times=not (options.quick or options.no_compile_times),
     )
     result = run_model(request)
     return {**asdict(result), "threads": threads, "markdown": to_markdown(result)}
@@ -128,6 +128,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="tiny shapes, to see that everything runs; written to out/bench")
     add("--flex", action="store_true", help="compiled flex_attention is a baseline of prefill too")
     add("--model", default="qwen3-8b", help="of end_to_end: as python -m msa_compile.bench takes it")
+    add("--no-compile-times", action="store_true", help="of end_to_end: leave out what takes four more processes")
     add("--layers", type=int, default=1, help="of that model (default 1)")
     add("--seconds", type=float, default=20.0, help="to fill with rounds of one row (default 20)")
     add("--dense-seconds", type=float, default=60.0, help="a longer dense call is extrapolated (default 60)")
