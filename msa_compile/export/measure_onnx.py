@@ -166,7 +166,10 @@ def _shapes(node: Any, inputs: Mapping[str, Tensor], opsets: Mapping[str, int]) 
         if tensor.numbers is not None
     }
     opset_imports = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
-    inferred = onnx.shape_inference.infer_node_outputs(schema, node, types, data, opset_imports=opset_imports)
+    try:
+        inferred = onnx.shape_inference.infer_node_outputs(schema, node, types, data, opset_imports=opset_imports)
+    except onnx.shape_inference.InferenceError as error:
+        raise UnknownSizeError(f"the result of {node.op_type} {node.name}: {error}") from error
     found = []
     for name in node.output:
         proto = inferred[name].tensor_type if name in inferred else None

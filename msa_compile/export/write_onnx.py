@@ -51,7 +51,8 @@ def write_onnx(sparse: SparseProgram, path: Path, config: MSAConfig) -> Written:
             whole, half = (measure_onnx(proto, shapes_of(sparse, at)) for at in (sizes, halved(sizes)))
         except UnknownSizeError as error:
             raise ExportMemoryError(
-                f"the size of a tensor is not known at {name}: {error}. So nobody can say that it fits."
+                f"the size of a tensor is not known at {name} ({sizes}): {error}. So nobody can say that it fits. If "
+                "these sizes do not go together, give dynamic_shapes ranges whose ends do."
             ) from error
         largest = max(largest, lint_memory(name, whole, half, workspace=WORKSPACE))
         said = ", ".join(f"{key} {size}" for key, size in sizes.items())

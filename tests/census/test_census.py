@@ -48,8 +48,8 @@ def _one_quiet_thread():
     torch.set_num_threads(threads)
 
 
-# With loops over tokens or experts, which take minutes to capture.
-SLOW = ("dbrx", "jamba", "zamba2")
+# With loops over tokens or experts, or many kinds of layers: up to minutes to capture.
+SLOW = ("dbrx", "gemma3n_text", "jamba", "qwen3_next", "zamba2")
 
 
 @pytest.mark.parametrize(
