@@ -16,7 +16,8 @@ def cache_dir() -> Path:
     try:
         home = Path.home()
     except RuntimeError:  # a user without a home, as in many containers
-        return Path(tempfile.gettempdir()) / "msa_compile"
+        name = f"msa_compile-{os.getuid()}" if hasattr(os, "getuid") else "msa_compile"
+        return Path(tempfile.gettempdir()) / name
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "msa_compile"
     if sys.platform == "darwin":

@@ -268,6 +268,58 @@ def test_no_setting_of_the_process_changes() -> None:
     assert settings() == before
 
 
+@pytest.mark.parametrize("keys", [970, 990, 1023])
+def test_a_block_that_the_end_of_the_keys_cuts_off_has_the_score_of_what_is_left(keys: int) -> None:
+    # Queries behind the end do not have that block for their own, so it is chosen by its score or not at all.
+    query, key = torch.ones(1, 1, 1200, 16), -torch.ones(1, 1, 1200, 16)
+    key[:, :, 960:keys] = -2.0
+    ids = select_blocks(query, key, block_size=64, topk=4, key_end=torch.tensor([keys]))
+    expected = selection_reference.select_blocks(query, key, block_size=64, topk=4, key_end=torch.tensor([keys]))
+    laws.assert_equal(ids, expected)
+    assert 15 not in ids[0, 0, 1100].tolist()
+
+
+def test_a_block_may_be_longer_than_anything() -> None:
+    case = make_case(queries=63, topk=1)
+    for block_size in (2**20, 2**62):
+        ids = select_blocks(case.index_query, case.index_key, block_size=block_size, topk=1)
+        assert ids.eq(0).all()
+        laws.assert_close(
+            block_sparse_attention(case.query, case.key, case.value, ids, block_size=block_size),
+            reference.block_sparse_attention(case.query, case.key, case.value, ids, block_size=64),
+        )
+
+
+@pytest.mark.parametrize(("heads", "width"), [(0, 8), (2, 0)])
+def test_nothing_to_attend_with_is_nothing(heads: int, width: int) -> None:
+    query, key = torch.ones(1, heads, 32, width, requires_grad=True), torch.ones(1, 2, 32, width, requires_grad=True)
+    ids = torch.zeros(1, 2, 32, 1, dtype=torch.int32)
+    output = block_sparse_attention(query, key, key, ids, block_size=8, scale=1.0)
+    assert output.shape == query.shape
+    output.sum().backward()
+    assert key.grad is not None
+    assert key.grad.eq(0).all()
+    assert select_blocks(query, query, block_size=8, topk=1).shape == (1, heads, 32, 1)
+
+
+def test_gradients_of_huge_logits_are_those_of_the_winner() -> None:
+    case = make_case(queries=63, topk=8)
+    query, key, value = (
+        tensor.float() * size for tensor, size in ((case.query, 3e3), (case.key, 3e3), (case.value, 1))
+    )
+    ids = torch.zeros_like(laws.select(OPS, case))
+    ids[..., 1:] = -1
+    leaves = [query.requires_grad_(), key.requires_grad_(), value.requires_grad_()]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    output = block_sparse_attention(*leaves, ids, block_size=64)
+    expected = block_sparse_attention(*exact, ids, block_size=64)
+    grad = torch.randn_like(output)
+    found = torch.autograd.grad(output, leaves, grad)[2]
+    wanted = torch.autograd.grad(expected, exact, grad.double())[2]
+    # One key takes all of the softmax, so its value has the whole gradient.
+    laws.assert_close(found, wanted, 1e-4)
+
+
 def segments(**bounds: Any) -> list[Segment]:
     options = {"query_start": None, "key_start": None, "key_end": None, "document_start": None, **bounds}
     return find_segments(batch=2, query_length=10, key_length=30, **options)

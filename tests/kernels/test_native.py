@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from msa_compile.errors import KernelBuildError
 from msa_compile.kernels import cache_dir as cache
 from msa_compile.kernels import native, select_blocks
 from msa_compile.kernels.native import build, call
@@ -80,6 +81,24 @@ def test_a_folder_that_cannot_be_written_names_the_variable(fresh: Path, monkeyp
     monkeypatch.setenv(cache.CACHE_VARIABLE, str(fresh / "file" / "below"))
     with pytest.raises(Exception, match=cache.CACHE_VARIABLE):
         build.load("seven")
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="this system has no owners of files")
+def test_a_library_that_others_can_write_is_not_loaded(fresh: Path) -> None:
+    build.load("seven")
+    (made,) = libraries(fresh)
+    made.parent.chmod(0o777)
+    build._load.cache_clear()
+    with pytest.raises(KernelBuildError, match="another user"):
+        build.load("seven")
+
+
+def test_only_what_cannot_be_compiled_goes_to_the_reference(fresh: Path) -> None:
+    (fresh / "broken.cpp").write_text("this is no program")
+    assert native.holds("seven", torch.float32)
+    with pytest.warns(UserWarning, match="could not be compiled"):
+        assert not native.holds("broken", torch.float32)
+    assert not native.holds("seven", torch.float64)
 
 
 def test_the_kernels_share_the_threads_of_torch() -> None:

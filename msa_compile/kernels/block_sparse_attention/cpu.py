@@ -53,7 +53,7 @@ def block_sparse_attention(
     batch, _, query_length, _ = query.shape
     key_length = key.shape[2]
     bounds = None
-    if native.holds(query.dtype):
+    if native.holds("block_sparse_attention", query.dtype):
         bounds = find_closed_form(
             batch=batch,
             query_length=query_length,
@@ -85,6 +85,8 @@ def block_sparse_attention(
             is_causal=is_causal,
         )
     output = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
+    if output.numel() == 0:
+        return output.to(query.dtype)
     query, key, value = native.readable(query), native.readable(key), native.readable(value)
     block_ids = block_ids.contiguous()
     sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
@@ -133,7 +135,7 @@ def block_sparse_attention_backward(
     batch, heads, query_length, _ = query.shape
     key_length = key.shape[2]
     bounds = None
-    if native.holds(query.dtype):
+    if query.numel() > 0 and native.holds("block_sparse_attention_backward", query.dtype):
         bounds = find_closed_form(
             batch=batch,
             query_length=query_length,
@@ -258,7 +260,7 @@ def _describe(
         segment.length,
         head_dim,
         segment.position,
-        block_size,
+        min(block_size, segment.length),
         topk,
         0 if window is None else window,
         head_dim**-0.5 if scale is None else scale,

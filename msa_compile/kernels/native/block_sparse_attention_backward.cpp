@@ -36,28 +36,32 @@ struct Blocks : Packed<FloatProduct> {
         key_rows(new float[heads * call.count_blocks() * value_elements]) {}
 };
 
-// What is known of each row (head and query) after the forward pass: the logarithm of its sum, to base 2, and delta.
-struct Rows {
-  std::unique_ptr<float[]> log_total, delta;
+// What is known of a row (head and query) after the forward pass: its highest logit, one over the sum of exponentials
+// below it, and delta. The highest and the sum stay apart: their logarithm would lose the sum of a large logit.
+struct Known {
+  float highest, inverse, delta;
 };
 
 // Makes products of a row with keys into probabilities, and products of its gradient with values into gradients of the
 // products with keys.
-void differentiate_row(const Attention& call, int64_t first, int64_t stop, int64_t slots, float log_total, float delta,
+void differentiate_row(const Attention& call, int64_t first, int64_t stop, int64_t slots, const Known& known,
                        float* products, float* slopes) {
+  const Logits logits{call.scale, call.softcap};
   for (int64_t at = 0; at < round_up(slots, kColumns); at += kLanes) {
-    Floats logit = load<Floats>(products + at) * call.scale, bend = fill(1.0f);
+    // As in the forward pass, to the last bit: no logit is above the highest.
+    const Floats logit = logits(load<Floats>(products + at));
+    Floats bend = fill(1.0f);
     if (call.softcap != 0) {
-      const Floats curve = tanh_of(logit / call.softcap);
+      const Floats curve = logit / (call.softcap * kLog2E);
       bend = 1.0f - curve * curve;
-      logit = curve * call.softcap;
     }
     const Ints slot = count() + int32_t(at);
-    const Floats hidden = fill(-kInfinity);
-    logit = (slot >= int32_t(first)) & (slot < int32_t(stop)) ? logit * kLog2E - log_total : hidden;
-    const Floats probability = exp2_of(logit);
+    const Ints seen = (slot >= int32_t(first)) & (slot < int32_t(stop));
+    const Floats probability = exp2_of(seen ? logit - known.highest : fill(-kInfinity)) * known.inverse;
+    const Floats slope = probability * (load<Floats>(slopes + at) - known.delta) * bend * call.scale;
     store(products + at, probability);
-    store(slopes + at, probability * (load<Floats>(slopes + at) - delta) * bend * call.scale);
+    // A hidden value may be so large that its product is infinite.
+    store(slopes + at, seen ? slope : Floats{});
   }
 }
 
@@ -73,7 +77,7 @@ class Differentiation {
     const int64_t bytes = 8 * blocks * (one.key_elements + one.value_elements) + 8 * call_.queries * call_.topk;
     const int64_t at_once = std::clamp<int64_t>(call_.packed_bytes / bytes, 1, heads);
     Blocks packed(call_, at_once);
-    Rows known{std::unique_ptr<float[]>(new float[at_once * rows]), std::unique_ptr<float[]>(new float[at_once * rows])};
+    const std::unique_ptr<Known[]> known(new Known[at_once * rows]);
     std::vector<std::vector<Pair>> pairs(at_once);
     std::vector<std::vector<int32_t>> ends(at_once);
     const int64_t step = tile_queries(call_), tiles = (call_.queries + step - 1) / step;
@@ -88,7 +92,7 @@ class Differentiation {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = count * tiles - 1; task >= 0; --task) {
           const int64_t start = task / count * step;
-          differentiate_queries(packed, known, tile, space, from + task % count, task % count, start,
+          differentiate_queries(packed, known.get(), tile, space, from + task % count, task % count, start,
                                 std::min(step, call_.queries - start));
         }
 #pragma omp for schedule(dynamic, 1)
@@ -100,7 +104,7 @@ class Differentiation {
           const int64_t at = task % count, block = task / count;
           // order_pairs() leaves the end of each block's pairs, which is where the next one's start.
           const int64_t first = block == 0 ? 0 : ends[at][block - 1];
-          differentiate_block(packed, known, space, from + at, at, block, &pairs[at][0] + first,
+          differentiate_block(packed, known.get(), space, from + at, at, block, &pairs[at][0] + first,
                               ends[at][block] - first);
         }
       }
@@ -161,13 +165,12 @@ class Differentiation {
                                   blocks.columns, slopes, places, panel);
   }
 
-  void differentiate_queries(const Blocks& blocks, Rows& known, Tile<FloatProduct>& tile, Space& space, int64_t head, int64_t at_head, int64_t start,
+  void differentiate_queries(const Blocks& blocks, Known* known, Tile<FloatProduct>& tile, Space& space, int64_t head,
+                             int64_t at_head, int64_t start,
                              int64_t size) {
     const int64_t columns = blocks.columns, row = head / call_.groups, group = head % call_.groups;
     attend_tile<FloatProduct>(call_, blocks, tile, row, group, at_head, start, size, copy_row_);
-    float *log_total = &known.log_total[at_head * call_.group * call_.queries],
-          *delta = &known.delta[at_head * call_.group * call_.queries];
-    log_total += start * call_.group, delta += start * call_.group;
+    known += (at_head * call_.queries + start) * call_.group;
     std::fill(space.of_query.begin(), space.of_query.end(), 0.0f);
     for (int64_t at = 0; at < size * call_.group; ++at) {
       const int64_t of_group = at % call_.group, of_head = group * call_.group + of_group, query = start + at / call_.group;
@@ -177,11 +180,13 @@ class Differentiation {
       Floats products = {};
       for (int64_t k = 0; k < columns; k += kLanes)
         products += load<Floats>(grad + k) * load<Floats>(&tile.outputs[at * columns + k]);
-      delta[at] = sum(products) * factor;
-      log_total[at] = tile.seen[at].log_total();
+      // A row that saw nothing has no share of anything.
+      const Seen& seen = tile.seen[at];
+      const bool is_empty = seen.total == 0;
+      known[at] = {is_empty ? 0 : seen.highest, is_empty ? 0 : 1 / seen.total, sum(products) * factor};
       if (backward_.of_sinks != nullptr)
         backward_.of_sinks[row * backward_.of_sinks_row + of_head * backward_.of_sinks_head + query] =
-            std::exp2(call_.sinks[of_head] * kLog2E - log_total[at]) * delta[at];
+            std::exp2(call_.sinks[of_head] * kLog2E - known[at].highest) * known[at].inverse * known[at].delta;
     }
     const int64_t places = round_up(call_.block_size, kColumns);
     for (size_t pair = 0; pair < tile.pairs.size();) {
@@ -208,7 +213,7 @@ class Differentiation {
         for (int r = 0; r < count; ++r) {
           int64_t first_slot, stop;
           call_.visible(start + row_of[r] / call_.group, block, first_slot, stop);
-          differentiate_row(call_, first_slot, stop, slots, log_total[row_of[r]], delta[row_of[r]], products[r], slopes[r]);
+          differentiate_row(call_, first_slot, stop, slots, known[row_of[r]], products[r], slopes[r]);
         }
         multiply<FloatProduct, true>(count, slopes, 1, &blocks.key_rows[at * blocks.value_elements], columns, slots, to,
                                      columns, kColumns);
@@ -222,7 +227,7 @@ class Differentiation {
                       (start + at / call_.group) * backward_.grad_query_step);
   }
 
-  void differentiate_block(const Blocks& blocks, const Rows& known, Space& space, int64_t head, int64_t at_head,
+  void differentiate_block(const Blocks& blocks, const Known* known, Space& space, int64_t head, int64_t at_head,
                            int64_t block, const Pair* pairs, int64_t count) {
     const int64_t columns = blocks.columns, slots = call_.block_length(block), at = at_head * call_.count_blocks() + block;
     const int64_t places = round_up(call_.block_size, kColumns);
@@ -253,7 +258,7 @@ class Differentiation {
           const int64_t query = query_of_row(first + r);
           const int64_t row = (at_head * call_.queries + query) * call_.group + (from + first + r) % call_.group;
           call_.visible(query, block, first_slot, stop);
-          differentiate_row(call_, first_slot, stop, slots, known.log_total[row], known.delta[row], products[r], slopes[r]);
+          differentiate_row(call_, first_slot, stop, slots, known[row], products[r], slopes[r]);
         }
       }
       add_transposed(slots, size, space.slopes, places, space.queries, columns, space.of_key);

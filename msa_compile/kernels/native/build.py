@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
@@ -28,10 +29,10 @@ _WAYS = (("-march=native", "-fopenmp"), ("-mcpu=native",), ())
 _lock = threading.Lock()
 
 
-def is_available() -> bool:
-    """Return whether kernels can be compiled here; where not, warn once that the reference runs instead."""
+def is_available(name: str) -> bool:
+    """Return whether `<name>.cpp` can be compiled here; where not, warn once that the reference runs instead."""
     try:
-        load("select_blocks")
+        load(name)
     except KernelBuildError as error:
         _warn(str(error))
         return False
@@ -64,6 +65,7 @@ def _load(name: str) -> ctypes.CDLL:
         raise KernelBuildError(failure)
     try:
         library = _find_or_compile(name)
+        _check_owner(library)
         try:
             return ctypes.CDLL(str(library))
         except OSError as error:
@@ -91,12 +93,22 @@ def _find_or_compile(name: str) -> Path:
     if not library.exists():
         started = time.perf_counter()
         try:
-            library.parent.mkdir(parents=True, exist_ok=True)
+            library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise KernelBuildError(f"{library.parent}: {error}; set {CACHE_VARIABLE}") from error
         _compile(compiler, _SOURCES / f"{name}.cpp", library)
         log.info("compiled %s in %.1f s: %s", name, time.perf_counter() - started, library)
     return library
+
+
+def _check_owner(library: Path) -> None:
+    """Raise `KernelBuildError` where somebody else may have put the library there: it is code that will run."""
+    if not hasattr(os, "getuid"):
+        return
+    for path in (library.parent, library):
+        found = path.lstat()
+        if found.st_uid not in (0, os.getuid()) or found.st_mode & stat.S_IWOTH:
+            raise KernelBuildError(f"{path} belongs to, or can be written by, another user; set {CACHE_VARIABLE}")
 
 
 def _compile(compiler: tuple[str, ...], source: Path, library: Path) -> None:

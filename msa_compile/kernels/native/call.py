@@ -15,9 +15,9 @@ _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WORK = 1 << 18
 
 
-def holds(dtype: torch.dtype) -> bool:
-    """Return whether there is a kernel for `dtype` on this machine."""
-    return dtype in _NUMBERS and is_available()
+def holds(name: str, dtype: torch.dtype) -> bool:
+    """Return whether the kernel of `<name>.cpp` takes `dtype`, and is there on this machine."""
+    return dtype in _NUMBERS and is_available(name)
 
 
 def run(name: str, call: bytes) -> None:

@@ -90,6 +90,8 @@ void select_prompt(const Selection& call, CopyRow copy_row) {
           copy_row(query + (start + i) * call.query_step, call.width, padded, &queries[i * depth]);
         const int64_t seen = std::min((call.position + start + size - 1) / call.block_size + 1, blocks);
         for (int64_t block = 0; block < (seen > call.topk ? seen : 0); ++block) {
+          // The last block may be cut off by the end of the keys: its other panels were not packed.
+          const int64_t places = round_up(std::min(call.block_size, call.length - block * call.block_size), kColumns);
           for (int64_t first = 0, rows; first < size; first += rows) {
             rows = take_rows(size - first);
             const float* left[kRows];
@@ -99,7 +101,7 @@ void select_prompt(const Selection& call, CopyRow copy_row) {
               Floats best[count];
               for (int r = 0; r < count; ++r) best[r] = fill(-kInfinity);
               const float* panel = packed.get() + block * block_elements;
-              for (int64_t slot = 0; slot < block_slots; slot += kColumns, panel += depth * kColumns) {
+              for (int64_t slot = 0; slot < places; slot += kColumns, panel += depth * kColumns) {
                 Floats sums[count][2] = {};
                 add_tile<Product, count>(left, 1, panel, kColumns, depth, sums);
                 for (int r = 0; r < count; ++r) best[r] = largest(sums[r][0], largest(sums[r][1], best[r]));

@@ -25,9 +25,6 @@ struct Logits {
 struct Seen {
   float highest = -kInfinity;
   float total = 0;
-
-  // The logarithm of the sum, to base 2.
-  float log_total() const { return highest + std::log2(total); }
 };
 
 // Makes products of a row with `slots` keys, of which it sees first .. stop - 1, into weights, and scales `output` down
@@ -69,7 +66,7 @@ inline void weigh(const Logits& logits, int64_t first, int64_t stop, int64_t slo
 inline float finish(Seen& seen, const float* sink) {
   float kept = 1;
   const float logit = sink == nullptr ? -kInfinity : *sink * kLog2E, highest = std::max(seen.highest, logit);
-  if (logit > -kInfinity) {
+  if (!(logit == -kInfinity)) {  // NaN too
     kept = seen.highest == -kInfinity ? 0 : std::exp2(seen.highest - highest);
     seen.total = seen.total * kept + std::exp2(logit - highest);
     seen.highest = highest;

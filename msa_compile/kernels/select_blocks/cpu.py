@@ -45,7 +45,7 @@ def select_blocks(
     batch, groups, query_length, width = index_query.shape
     key_length = index_key.shape[2]
     bounds = None
-    if native.holds(index_query.dtype):
+    if native.holds("select_blocks", index_query.dtype):
         bounds = find_closed_form(
             batch=batch,
             query_length=query_length,
@@ -74,6 +74,8 @@ def select_blocks(
             is_causal=is_causal,
         )
     selected = index_query.new_full((batch, groups, query_length, topk), -1, dtype=torch.int32)
+    if selected.numel() == 0:
+        return selected
     index_query, index_key = native.readable(index_query), native.readable(index_key)
     of_query, of_key = native.byte_strides(index_query), native.byte_strides(index_key)
     of_ids = selected.stride()[:3]
@@ -95,7 +97,7 @@ def select_blocks(
             one.length,
             width,
             one.position,
-            block_size,
+            min(block_size, one.length),
             topk,
             local_blocks,
             sink_blocks,
