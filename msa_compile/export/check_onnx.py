@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from msa_compile.errors import ExportMismatchError
-from msa_compile.export.records import SparseProgram
+from msa_compile.export.records import SparseProgram, evaluate_size
 from msa_compile.export.sample import Sample, samples
 
 # Of the largest value of an output. Half precision rounds elsewhere, and may choose another of two equal blocks.
@@ -103,8 +103,5 @@ def _first_line(error: Exception) -> str:
 
 
 def shapes_of(sparse: SparseProgram, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """The shape of each input where the open sizes are ``sizes``."""
-    return {
-        port.name: tuple(size if isinstance(size, int) else sizes[size] for size in port.shape)
-        for port in sparse.inputs
-    }
+    """The shape of each input where the open sizes are ``sizes``; a size may be said by others: ``past + length``."""
+    return {port.name: tuple(evaluate_size(size, sizes) for size in port.shape) for port in sparse.inputs}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import sympy
 from torch.export import ExportedProgram
 
 from msa_compile.records import Site
@@ -36,6 +37,11 @@ class Port:
 def name_size(size: str, symbols: Mapping[str, str]) -> str:
     """An expression of symbols with the names that they go by: ``past + length``."""
     return re.sub(r"\w+", lambda found: symbols.get(found[0], found[0]), size)
+
+
+def evaluate_size(size: int | str, sizes: Mapping[str, int]) -> int:
+    """The number that an expression of names such as ``past + length`` comes to."""
+    return int(sympy.sympify(size, locals=dict(sizes)))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from msa_compile.export.records import SparseProgram
+from msa_compile.export.records import SparseProgram, evaluate_size
 
 # Longer prompts would take an export minutes in eager PyTorch.
 LONGEST = 4096
@@ -72,7 +72,7 @@ def _sample(sparse: SparseProgram, sizes: dict[str, int]) -> Sample:
     for port, tensor in zip(sparse.inputs, sparse.example, strict=True):
         for at, size in enumerate(port.shape):
             if isinstance(size, str):
-                places = torch.arange(sizes[size], device=tensor.device) % max(tensor.shape[at], 1)
+                places = torch.arange(evaluate_size(size, sizes), device=tensor.device) % max(tensor.shape[at], 1)
                 tensor = tensor.index_select(at, places)
         if port.name == "position":
             tensor = _position(sparse, tensor, sizes)
