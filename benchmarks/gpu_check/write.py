@@ -50,7 +50,7 @@ class Findings:
             "torch": torch.__version__,
             "triton": triton.__version__,
             "python": platform.python_version(),
-            "kernels": kernels_version(),
+            "kernels": kernels_version("cuda"),
             "date": datetime.date.today().isoformat(),
         }
         findings = cls(machine, roofline, folder)
