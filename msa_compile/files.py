@@ -11,11 +11,10 @@ from torch import nn
 from msa_compile.adapter import check_adapter, insert_adapter, read_adapter, write_adapter
 from msa_compile.api import Model, SparseDoor, require_door, sparsify
 from msa_compile.discover import candidate_inputs
-from msa_compile.errors import ExampleInputsError, ExportIndexerError
+from msa_compile.errors import ExampleInputsError
 from msa_compile.export.export_model import export_model
 from msa_compile.export.plan_call import Request
 from msa_compile.export.records import Cache, ExportResult
-from msa_compile.indexer import IndexBranch
 from msa_compile.runtime import door_of, paused
 
 
@@ -99,7 +98,7 @@ def export(
         ExportFormatError, MissingPackageError, ExportCacheError: What was asked for is not there.
         ExampleInputsError: Inputs that do not fit, or lie outside the range of an open size.
         CaptureError, ExportNotSparseError: The model cannot be captured, or not all of its sparse sites.
-        ExportIndexerError: A site selects by a learned indexer.
+        ExportIndexerError: A site selects by a learned indexer, and could only select by the keys in the artifact.
         ExportMemoryError: The longest call would make a tensor of ``Tq x Tk``, or one above the bound.
         ExportMismatchError, ExportWriteError: The artifact is wrong, or cannot be written.
     """
@@ -111,12 +110,6 @@ def export(
     inputs = candidates[-1]
     if not door.discovery.records:
         door.before_call(inputs.args, dict(inputs.kwargs))
-    learned = [name for name, part in model.named_modules() if isinstance(part, IndexBranch) and part.is_used]
-    if learned:
-        raise ExportIndexerError(
-            f"{len(learned)} sites select by a learned indexer, {learned[0]} the first, and an artifact selects by the "
-            'keys: its blocks would be others. Sparsify with MSAConfig(indexer="keys") to export.'
-        )
     with paused(door):
         request = Request(
             model=model,

@@ -26,6 +26,8 @@ from exported import sparse, tokens
 from models.zoo import ZOO
 
 from msa_compile.export import check_onnx, export_model
+from msa_compile.passes import plan_index
+from msa_compile.passes.placed import IndexRefused
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +131,14 @@ def test_a_site_that_is_lost_between_model_and_program_is_an_error(model, tmp_pa
         msa_compile.export(model, tmp_path / "m.onnx", example_inputs=tokens(2, 23), max_length=64)
 
 
-def test_a_learned_indexer_is_refused_and_not_replaced(tmp_path):
+def test_a_learned_indexer_that_cannot_be_captured_is_not_replaced_by_keys(tmp_path, monkeypatch):
     config = msa_compile.MSAConfig(block_size=4, topk_blocks=3, indexer="learned")
     model = msa_compile.sparsify(ZOO["llama"].build(), config, inner="eager")
-    with pytest.raises(ExportIndexerError, match=r'self_attn\.indexer.*indexer="keys"'):
+
+    def refuse(*given, **options):
+        raise IndexRefused("its hidden state is not found")
+
+    monkeypatch.setattr(plan_index, "plan_index", refuse)
+    with pytest.raises(ExportIndexerError, match=r'layers\.0\.self_attn: .*not found[^$]*indexer="keys"'):
         msa_compile.export(model, tmp_path / "m.onnx", example_inputs=tokens(2, 23))
     assert list(tmp_path.iterdir()) == []
