@@ -81,7 +81,8 @@ def export(
         path: Where to; the suffix says the format.
         example_inputs: A dict of keyword arguments, a tuple of positional ones, or one tensor; a transformers model
             brings its own.
-        format: ``"onnx"``; default by the suffix.
+        format: ``"onnx"`` (``.onnx``) or ``"aoti"`` (``.pt2``, compiled for this kind of CPU, and loaded by
+            ``torch._inductor.aoti_load_package``); default by the suffix.
         dynamic_shapes: Open sizes as ``torch.export.export`` takes them, each with its range; default batch and length
             of the first input. For a transformers decoder those of ``input_ids`` are enough.
         cache: ``"none"``: what the model takes and returns is what the artifact takes and returns. For a transformers
