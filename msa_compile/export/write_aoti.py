@@ -27,6 +27,8 @@ from msa_compile.export.sample import Sample
 from msa_compile.export.to_onnx import check_arguments
 from msa_compile.export.write_onnx import Written
 
+# Of operators that a package can hold.
+_NAMESPACES = ("aten", "prim", "prims", "msa")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,6 +36,7 @@ def write_aoti(sparse: SparseProgram, path: Path, config: MSAConfig) -> Written:
     """Compile ``path``, and compare what it computes with PyTorch.
 
     Raises:
+        CaptureError: The model has an operator that no package can hold.
         ExportFormatError: The model is not on a CPU, or not in a dtype of the kernels, or nothing can be compiled here.
         ExportMemoryError: The longest call would not fit.
         ExportMismatchError: The package computes something else than PyTorch.
@@ -74,6 +77,11 @@ def write_aoti(sparse: SparseProgram, path: Path, config: MSAConfig) -> Written:
 def _check_operands(program: ExportedProgram) -> None:
     for node in program.graph.nodes:
         value = node.meta.get("val")
+        if isinstance(node.target, _compat.OpOverload) and node.target.namespace not in _NAMESPACES:
+            raise CaptureError(
+                f"{node.target} is an operator that a library registered in Python, so a package that calls it would "
+                "not run on its own. Let the model do without: an option of its library may choose another way."
+            )
         if node.target in declarations() and isinstance(value, Tensor):
             query = node.args[0].meta["val"]
             if query.device.type != "cpu" or query.dtype not in _DTYPES:

@@ -9,7 +9,7 @@ from torch import nn
 
 import msa_compile
 import msa_compile.kernels.given_mask
-from msa_compile.errors import ExportFormatError, ExportMemoryError
+from msa_compile.errors import CaptureError, ExportFormatError, ExportMemoryError
 from msa_compile.export.lint_memory import LARGEST
 from msa_compile.export.package_ops import declarations
 
@@ -80,6 +80,24 @@ def test_a_dtype_that_no_kernel_has_is_refused(tmp_path):
     given = (torch.randn(2, 23, 128, dtype=torch.float64),)
     sparse(model, given)
     with pytest.raises(ExportFormatError, match=r"float32, bfloat16 or float16; .* is in torch\.float64"):
+        msa_compile.export(model, tmp_path / "m.pt2", example_inputs=given, max_length=64)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_operator_that_a_library_registered_in_python_is_refused(tmp_path):
+    @torch.library.custom_op("test_aoti::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    twice.register_fake(torch.empty_like)
+
+    class Doubled(Attention):
+        def forward(self, x):
+            return super().forward(torch.ops.test_aoti.twice(x))
+
+    given = (torch.randn(2, 23, 128),)
+    model = sparse(Doubled(), given)
+    with pytest.raises(CaptureError, match=r"test_aoti\.twice.* registered in Python"):
         msa_compile.export(model, tmp_path / "m.pt2", example_inputs=given, max_length=64)
     assert list(tmp_path.iterdir()) == []
 
