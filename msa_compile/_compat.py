@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
@@ -56,7 +59,9 @@ __all__ = [
     "WeakTensorKeyDictionary",
     "cache_of",
     "compile_isolated",
+    "compile_package",
     "compiled_module_class",
+    "cpp_compiler",
     "disable_proxy_modes_tracing",
     "enter_autocast",
     "exit_autocast",
@@ -69,6 +74,7 @@ __all__ = [
     "is_kept_by_module",
     "is_traceable_wrapper_subclass",
     "lazy_load_decompositions",
+    "load_package",
     "lookup_backend",
     "make_fx",
     "maybe_current_level",
@@ -142,6 +148,47 @@ def cache_of(layers: list[Any]) -> Any:
     from transformers import Cache
 
     return Cache(layers=layers)
+
+
+def cpp_compiler() -> str:
+    """The command of the C++ compiler that Inductor uses.
+
+    Raises:
+        Exception: There is none; Inductor has an error of its own for it.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    return str(get_cpp_compiler())
+
+
+def compile_package(
+    program: ExportedProgram, path: Path, functions: Mapping[OpOverload, list[str]], library: str, folder: Path
+) -> None:
+    """Compile a program as an AOTInductor package.
+
+    Args:
+        program: For a CPU.
+        path: Of the package, ending in ``.pt2``.
+        functions: For each custom operator in it the declaration of the C function that it calls instead.
+        library: Name of an archive that has these functions.
+        folder: Where the archive lies.
+    """
+    from torch._inductor import aoti_compile_and_package
+
+    configs = {
+        "aot_inductor.custom_ops_to_c_shims": functions,
+        # A library is named to the linker; where it lies has no setting of its own.
+        "aot_inductor.custom_op_libs": [f"{library} -L{shlex.quote(str(folder))}"],
+    }
+    aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+
+
+def load_package(path: Path) -> Callable[..., Any]:
+    """An AOTInductor package, as a function of the arguments of the program that it was compiled from."""
+    from torch._inductor import aoti_load_package
+
+    loaded: Callable[..., Any] = aoti_load_package(str(path))
+    return loaded
 
 
 def hub_config(name: str) -> Any:

@@ -118,7 +118,7 @@ class ExportCacheError(MSAError, ValueError):
 
 
 class ExportIndexerError(MSAError, ValueError):
-    """Raised when a site selects by a learned indexer, which an artifact cannot hold yet."""
+    """Raised when a site selects by a learned indexer in the model and would select by the keys in an artifact."""
 
 
 class ExportMemoryError(MSAError, ValueError):

@@ -11,11 +11,10 @@ from torch import nn
 from msa_compile.adapter import check_adapter, insert_adapter, read_adapter, write_adapter
 from msa_compile.api import Model, SparseDoor, require_door, sparsify
 from msa_compile.discover import candidate_inputs
-from msa_compile.errors import ExampleInputsError, ExportIndexerError
+from msa_compile.errors import ExampleInputsError
 from msa_compile.export.export_model import export_model
 from msa_compile.export.plan_call import Request
 from msa_compile.export.records import Cache, ExportResult
-from msa_compile.indexer import IndexBranch
 from msa_compile.runtime import door_of, paused
 
 
@@ -82,7 +81,8 @@ def export(
         path: Where to; the suffix says the format.
         example_inputs: A dict of keyword arguments, a tuple of positional ones, or one tensor; a transformers model
             brings its own.
-        format: ``"onnx"``; default by the suffix.
+        format: ``"onnx"`` (``.onnx``) or ``"aoti"`` (``.pt2``, compiled for this kind of CPU, and loaded by
+            ``torch._inductor.aoti_load_package``); default by the suffix.
         dynamic_shapes: Open sizes as ``torch.export.export`` takes them, each with its range; default batch and length
             of the first input. For a transformers decoder those of ``input_ids`` are enough.
         cache: ``"none"``: what the model takes and returns is what the artifact takes and returns. For a transformers
@@ -99,7 +99,7 @@ def export(
         ExportFormatError, MissingPackageError, ExportCacheError: What was asked for is not there.
         ExampleInputsError: Inputs that do not fit, or lie outside the range of an open size.
         CaptureError, ExportNotSparseError: The model cannot be captured, or not all of its sparse sites.
-        ExportIndexerError: A site selects by a learned indexer.
+        ExportIndexerError: A site selects by a learned indexer, and could only select by the keys in the artifact.
         ExportMemoryError: The longest call would make a tensor of ``Tq x Tk``, or one above the bound.
         ExportMismatchError, ExportWriteError: The artifact is wrong, or cannot be written.
     """
@@ -111,12 +111,6 @@ def export(
     inputs = candidates[-1]
     if not door.discovery.records:
         door.before_call(inputs.args, dict(inputs.kwargs))
-    learned = [name for name, part in model.named_modules() if isinstance(part, IndexBranch) and part.is_used]
-    if learned:
-        raise ExportIndexerError(
-            f"{len(learned)} sites select by a learned indexer, {learned[0]} the first, and an artifact selects by the "
-            'keys: its blocks would be others. Sparsify with MSAConfig(indexer="keys") to export.'
-        )
     with paused(door):
         request = Request(
             model=model,

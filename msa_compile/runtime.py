@@ -375,6 +375,23 @@ def paused(door: Door) -> Iterator[None]:
                         module.register_module(INDEXER, branch)
 
 
+@contextlib.contextmanager
+def with_index_branches(model: nn.Module) -> Iterator[None]:
+    """A paused model with its markers and index branches in their places, for a capture that shall have the weights."""
+    pause = _paused[model]
+    for marker in pause.removed:
+        marker.put_back()
+    for module, branch in pause.branches:
+        module.register_module(INDEXER, branch)
+    if TOKEN in model._buffers:
+        model.register_forward_pre_hook(SiteMarker(""))
+    try:
+        yield
+    finally:
+        remove_markers(model)
+        remove_index_branches(model)
+
+
 def door_of(model: nn.Module) -> Door | None:
     """The door of a sparsified model, also while it is paused, or ``None``."""
     door = model.__dict__.get("forward")

@@ -1,6 +1,7 @@
 """Canaries: each private name of torch in ``_compat`` still does what the package relies on."""
 
 import copy
+import inspect
 import operator
 
 import pytest
@@ -271,3 +272,25 @@ def test_a_weak_tensor_dictionary_knows_the_object_and_lets_it_go():
     assert (states.get(one), states.get(equal), states.get(one.view(2))) == ("state", None, None)
     del one
     assert len(states) == 0
+
+
+def test_a_cache_of_layers_asks_each_of_them():
+    pytest.importorskip("transformers", reason="the hf extra is not installed")
+    from msa_compile.export.caches import GrowingLayer
+
+    layers = [GrowingLayer(torch.zeros(1, 2, length, 4), torch.zeros(1, 2, length, 4)) for length in (3, 5)]
+    cache = _compat.cache_of(layers)
+    fresh = torch.ones(1, 2, 2, 4)
+    keys, values = cache.update(fresh, fresh, 1)
+    assert keys is layers[1].keys
+    assert values.shape == (1, 2, 7, 4)
+    assert cache.get_mask_sizes(2, 1) == (9, 0)
+
+
+def test_inductor_has_the_settings_that_a_package_is_compiled_with():
+    from torch._inductor import aoti_compile_and_package, aoti_load_package, config
+
+    assert config.aot_inductor.custom_ops_to_c_shims == {}
+    assert config.aot_inductor.custom_op_libs is None
+    assert {"package_path", "inductor_configs"} <= set(inspect.signature(aoti_compile_and_package).parameters)
+    assert callable(aoti_load_package)

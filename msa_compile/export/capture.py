@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind
+from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
@@ -18,7 +18,17 @@ from msa_compile.config import MSAConfig
 from msa_compile.errors import CaptureError, ExampleInputsError, ExportNotSparseError, MSAError
 from msa_compile.export.positions import bound_masks, spell_content_starts
 from msa_compile.export.records import Port, Range, SparseProgram, name_size
+from msa_compile.export.thread_index_keys import (
+    Threaded,
+    check_indexers,
+    find_index_keys,
+    name_index_keys,
+    trust_index_keys,
+    with_graph,
+)
+from msa_compile.indexer import weights_in_use
 from msa_compile.passes.pipeline import run_passes
+from msa_compile.runtime import with_index_branches
 
 aten = torch.ops.aten
 
@@ -58,9 +68,12 @@ def capture(call: Call, config: MSAConfig, windows: Mapping[str, int], expected:
         CaptureError: The model cannot be captured.
         ExampleInputsError: A number that is open has an example outside its range.
         ExportNotSparseError: A site that is sparse in the model would be dense in the artifact.
+        ExportIndexerError: A site that selects by its index branch would select by the keys.
     """
+    model = call.module.get_submodule(call.prefix.rstrip("."))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), with_index_branches(model):
+            learned = [name for name, module in model.named_modules() if weights_in_use(module)]
             program = torch.export.export(call.module, call.args, call.kwargs, dynamic_shapes=call.dynamic_shapes)
     except MSAError:
         raise
@@ -72,11 +85,15 @@ def capture(call: Call, config: MSAConfig, windows: Mapping[str, int], expected:
     _strip_prefix(program.graph_module, call.prefix)
     result = run_passes(program, replace(config, dense_below=0), dict(windows))
     _check_sparse(result.record.sites, expected)
+    check_indexers(result.record.sites, learned)
+    index = find_index_keys(result.module, result.bindings)
+    trust_index_keys(result.module)
     _clean(result.module)
     bound_masks(result.module)
     spell_content_starts(result.module)
     _clean(result.module)
-    return _describe(_with_graph(program, result.module), result.record.sites, call)
+    names = call.output_names or _output_names(program)
+    return _describe(with_graph(program, result.module, index), result.record.sites, call, names, index)
 
 
 def _strip_prefix(gm: GraphModule, prefix: str) -> None:
@@ -133,28 +150,9 @@ def _is_effect(node: torch.fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _with_graph(program: ExportedProgram, gm: GraphModule) -> ExportedProgram:
-    """``program`` with another graph, which has the same inputs and as many outputs."""
-    signature = program.graph_signature
-    (returned,) = (node for node in gm.graph.nodes if node.op == "output")
-    specs = [
-        replace(spec, arg=type(spec.arg)(name=out.name)) if isinstance(out, torch.fx.Node) else spec
-        for spec, out in zip(signature.output_specs, returned.args[0], strict=True)
-    ]
-    return ExportedProgram(
-        gm,
-        gm.graph,
-        ExportGraphSignature(signature.input_specs, specs),
-        program.state_dict,
-        program.range_constraints,
-        program.module_call_graph,
-        example_inputs=program.example_inputs,
-        constants=program.constants,
-        verifiers=program.verifiers,
-    )
-
-
-def _describe(program: ExportedProgram, sites: tuple[Any, ...], call: Call) -> SparseProgram:
+def _describe(
+    program: ExportedProgram, sites: tuple[Any, ...], call: Call, names: tuple[str, ...], index: Threaded
+) -> SparseProgram:
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         kept = ", ".join([*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()])
@@ -164,12 +162,14 @@ def _describe(program: ExportedProgram, sites: tuple[Any, ...], call: Call) -> S
         )
     symbols = _symbol_names(call)
     by_name = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
-    flat = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+    flat = [leaf for leaf in pytree.tree_leaves(program.example_inputs) if isinstance(leaf, Tensor)]
     user = [spec.arg.name for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT]
     tensors = [name for name in user if isinstance(by_name.get(name), Tensor)]
-    inputs = call.input_names or tuple(tensors)
+    own = tensors[: len(tensors) - len(index.inputs)]
+    named = dict(zip(own, call.input_names or own, strict=True))
+    inputs = [*named.values(), *(name_index_keys(named[source]) for source in index.sources)]
     returned = [spec.arg.name for spec in signature.output_specs]
-    outputs = call.output_names or _output_names(program, len(returned))
+    outputs = [*names, *(name_index_keys(names[binding.outputs[0]]) for binding in index.returned)]
     found: dict[str, str] = {}
     for name, tensor in zip(tensors, flat, strict=True):
         for dim, size in enumerate(by_name[name].shape):
@@ -218,11 +218,11 @@ def _symbol_names(call: Call) -> dict[tuple[int, int], str]:
     return names
 
 
-def _output_names(program: ExportedProgram, count: int) -> tuple[str, ...]:
+def _output_names(program: ExportedProgram) -> tuple[str, ...]:
     """Names from the structure of what the model returns: ``logits``, ``past_key_values_0_1``; ``output`` for one."""
     spec = program.call_spec.out_spec
-    assert spec is not None and spec.num_leaves == count, "every output of the program is one of the model"
-    paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(count)), spec))
+    assert spec is not None, "a program that was exported says what it returns"
+    paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))
     names = [
         "_".join("".join(c if c.isalnum() else " " for c in str(key)).strip() for key in path) for path, _ in paths
     ]

@@ -10,11 +10,13 @@ from msa_compile.export.capture import capture, check_examples
 from msa_compile.export.plan_call import Request, plan_call
 from msa_compile.export.records import ExportResult
 from msa_compile.export.write import written_whole
+from msa_compile.export.write_aoti import write_aoti
 from msa_compile.export.write_onnx import write_onnx
 
-SUFFIXES = {".onnx": "onnx"}
+SUFFIXES = {".onnx": "onnx", ".pt2": "aoti"}
 CACHES = ("none", "static", "explicit")
-_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
+_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "aoti": ()}
+_WRITERS = {"onnx": write_onnx, "aoti": write_aoti}
 
 
 def export_model(request: Request, path: Path, format: str | None) -> ExportResult:
@@ -34,7 +36,7 @@ def export_model(request: Request, path: Path, format: str | None) -> ExportResu
     expected = {site.name for site in request.sites if site.decision == "sparse"}
     sparse = capture(call, request.config, request.windows, expected)
     with written_whole(path) as temporary:
-        written = write_onnx(sparse, temporary, request.config)
+        written = _WRITERS[format](sparse, temporary, request.config)
         files = sorted(temporary.parent.iterdir())
         size = sum(file.stat().st_size for file in files)
     return ExportResult(

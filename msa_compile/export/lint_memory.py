@@ -8,8 +8,9 @@ from typing import Protocol
 from msa_compile.errors import ExportMemoryError
 from msa_compile.export.records import SparseProgram
 
-# Bytes of the largest intermediate of one call.
+# Bytes of the largest intermediate of one call, and of all that are needed at once.
 LARGEST = 2 << 30
+AT_ONCE = 4 << 30
 
 
 def profiles_of(sparse: SparseProgram) -> dict[str, dict[str, int]]:
@@ -81,3 +82,34 @@ def lint_memory(
             f"of {profile}; the bound is {bound / 2**30:.1f} GiB. Lower max_length."
         )
     return largest.size
+
+
+class Live(Protocol):
+    """One tensor, and what is held when it is made."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def operator(self) -> str: ...  # noqa: D102
+    @property
+    def live(self) -> int: ...  # noqa: D102
+
+
+def lint_live(profile: str, made: Sequence[Live], *, bound: int = AT_ONCE) -> int:
+    """Bytes of the intermediates that are needed at once, where they are most.
+
+    Args:
+        profile: Name of the call, for the error.
+        made: Every intermediate of the longest call.
+        bound: Bytes that they may have.
+
+    Raises:
+        ExportMemoryError: Naming the tensor at which they have more.
+    """
+    worst = max(made, key=lambda tensor: tensor.live)
+    if worst.live > bound:
+        raise ExportMemoryError(
+            f"at {worst.name} ({worst.operator}) the tensors that are needed at once have {worst.live / 2**30:.1f} GiB "
+            f"in a call of {profile}; the bound is {bound / 2**30:.1f} GiB. Lower max_length."
+        )
+    return worst.live

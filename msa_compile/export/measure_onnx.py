@@ -7,8 +7,8 @@ way. A number that depends on data counts at the most that it can be, where a `M
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,13 +48,23 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Intermediate:
-    """One tensor that a node makes: where, and its shape; an empty `inside` is the tensor itself."""
+    """One tensor that a node makes.
+
+    Attributes:
+        name: Of the tensor.
+        operator: Of the node.
+        shape: Sizes.
+        elements: How many numbers.
+        size: Bytes.
+        live: Bytes of all intermediates that are needed at once when it has just been made, itself included.
+    """
 
     name: str
     operator: str
     shape: tuple[int, ...]
     elements: int
     size: int
+    live: int
 
 
 def measure_onnx(model: Any, inputs: Mapping[str, tuple[int, ...]]) -> list[Intermediate]:
@@ -74,31 +84,73 @@ def measure_onnx(model: Any, inputs: Mapping[str, tuple[int, ...]]) -> list[Inte
         if value.name in inputs:
             known[value.name] = Tensor(tuple(inputs[value.name]), value.type.tensor_type.elem_type)
     outputs = {value.name for value in flat.graph.output}
-    return [made for made in _run(flat.graph, known, opsets) if made.name not in outputs]
+    return [made for made in _run(flat.graph, known, opsets, 0, outputs) if made.name not in outputs]
 
 
-def _run(graph: Any, known: dict[str, Tensor], opsets: Mapping[str, int]) -> Iterator[Intermediate]:
-    """Go through a graph; `known` is completed in place."""
+def _run(
+    graph: Any, known: dict[str, Tensor], opsets: Mapping[str, int], held: int, returned: Collection[str] = ()
+) -> Iterator[Intermediate]:
+    """Go through a graph; `known` is completed in place.
+
+    Args:
+        graph: A graph, or the body of a node.
+        known: Values of this graph and of those around it.
+        opsets: Of the model.
+        held: Bytes that the graphs around it hold.
+        returned: What it makes in memory of the caller.
+    """
     for weight in graph.initializer:
         is_small = math.prod(weight.dims) <= _LONGEST_VECTOR and weight.data_location != TensorProto.EXTERNAL
         numbers = numpy_helper.to_array(weight) if is_small else None
         known[weight.name] = Tensor(tuple(weight.dims), weight.data_type, numbers)
-    for node in graph.node:
+    last = _last_uses(graph)
+    roots: dict[str, str] = {}
+    alive: dict[str, int] = {}
+    for place, node in enumerate(graph.node):
+        now = held + sum(alive.values())
         if node.op_type == "Loop":
-            yield from _loop(node, known, opsets)
+            made = _loop(node, known, opsets, now)
         elif node.op_type == "If":
-            yield from _if(node, known, opsets)
+            made = _if(node, known, opsets, now)
         else:
-            for name, tensor in zip(node.output, _infer(node, known, opsets), strict=True):
-                known[name] = tensor
-                if name and node.op_type not in _VIEWS | {"Constant"}:
-                    yield Intermediate(name, node.op_type, tensor.shape, tensor.elements, tensor.size)
-            if node.op_type == "Attention":
-                yield _scores(node, known)
+            made = _one(node, known, opsets, now)
+        yield from made
+        for name in node.output:
+            if node.op_type in _VIEWS:
+                roots[name] = roots.get(node.input[0], node.input[0])
+                # The tensor is needed for as long as its views are.
+                last[roots[name]] = max(last.get(roots[name], place), last.get(name, place))
+            elif name and node.op_type != "Constant" and name not in returned:
+                alive[name] = known[name].size
+        alive = {name: size for name, size in alive.items() if last.get(name, place) > place}
 
 
-def _loop(node: Any, known: dict[str, Tensor], opsets: Mapping[str, int]) -> Iterator[Intermediate]:
-    """The body once, and what the iterations leave one after the other."""
+def _last_uses(graph: Any) -> dict[str, int]:
+    """The place of the last node that reads each value, itself or in a body; behind all nodes for a result."""
+    last = {name: place for place, node in enumerate(graph.node) for name in _read(node)}
+    return last | {value.name: len(graph.node) for value in graph.output}
+
+
+def _read(node: Any) -> Iterator[str]:
+    yield from node.input
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield from (value.name for value in attribute.g.output)
+            for inner in attribute.g.node:
+                yield from _read(inner)
+
+
+def _one(node: Any, known: dict[str, Tensor], opsets: Mapping[str, int], held: int) -> Iterator[Intermediate]:
+    for name, tensor in zip(node.output, _infer(node, known, opsets), strict=True):
+        known[name] = tensor
+        if name and node.op_type not in _VIEWS | {"Constant"}:
+            held += tensor.size
+            yield Intermediate(name, node.op_type, tensor.shape, tensor.elements, tensor.size, held)
+    if node.op_type == "Attention":
+        yield _scores(node, known, held)
+
+
+def _loop(node: Any, known: dict[str, Tensor], opsets: Mapping[str, int], held: int) -> Iterator[Intermediate]:
     body = helper.get_node_attr_value(node, "body")
     carried = len(node.input) - 2
     inside = dict(known)
@@ -106,24 +158,28 @@ def _loop(node: Any, known: dict[str, Tensor], opsets: Mapping[str, int]) -> Ite
     inside[body.input[1].name] = Tensor((), TensorProto.BOOL)
     for inner, outer in zip(body.input[2:], node.input[2:], strict=True):
         inside[inner.name] = known[outer]
-    yield from _run(body, inside, opsets)
     trips = known[node.input[0]].numbers
     if trips is None:
         raise UnknownSizeError(f"the number of iterations of {node.name or node.output[0]}")
+    steps = list(_run(body, inside, opsets, held))
     for place, (outer, inner) in enumerate(zip(node.output, body.output[1:], strict=True)):
         one = inside[inner.name]
-        made = one if place < carried else Tensor((int(trips), *one.shape), one.kind)
-        known[outer] = made
-        yield Intermediate(outer, "Loop", made.shape, made.elements, made.size)
+        known[outer] = one if place < carried else Tensor((int(trips), *one.shape), one.kind)
+    # The results of all iterations are kept, and put together at the end.
+    kept = sum(known[outer].size for outer in node.output)
+    yield from (replace(step, live=step.live + kept) for step in steps)
+    for outer in node.output:
+        made = known[outer]
+        yield Intermediate(outer, "Loop", made.shape, made.elements, made.size, held + 2 * kept)
 
 
-def _if(node: Any, known: dict[str, Tensor], opsets: Mapping[str, int]) -> Iterator[Intermediate]:
+def _if(node: Any, known: dict[str, Tensor], opsets: Mapping[str, int], held: int) -> Iterator[Intermediate]:
     """Both branches; the result is the larger one."""
     results = []
     for branch in ("then_branch", "else_branch"):
         body = helper.get_node_attr_value(node, branch)
         inside = dict(known)
-        yield from _run(body, inside, opsets)
+        yield from _run(body, inside, opsets, held)
         results.append([inside[output.name] for output in body.output])
     for name, pair in zip(node.output, zip(*results, strict=True), strict=True):
         known[name] = max(pair, key=lambda tensor: tensor.elements)
@@ -183,9 +239,11 @@ def _shapes(node: Any, inputs: Mapping[str, Tensor], opsets: Mapping[str, int]) 
     return found
 
 
-def _scores(node: Any, known: Mapping[str, Tensor]) -> Intermediate:
+def _scores(node: Any, known: Mapping[str, Tensor], held: int) -> Intermediate:
     """What dense attention holds inside: a score for each query and key of each head."""
     query, key = known[node.input[0]], known[node.input[1]]
     shape = (*query.shape[:3], key.shape[-2])
     elements = math.prod(shape)
-    return Intermediate(f"{node.output[0]} (its scores)", "Attention", shape, elements, elements * 4)
+    return Intermediate(
+        f"{node.output[0]} (its scores)", "Attention", shape, elements, elements * 4, held + elements * 4
+    )

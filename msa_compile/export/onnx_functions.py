@@ -39,6 +39,25 @@ _NUMBERS = """
     within = Range (number, block_number, step)
 """
 
+# Where queries stand, and the runs of them that are done together: `width` tokens for each of `rows_a_query` rows.
+_CHUNKS = """
+    queries_number = Squeeze (queries)
+    steps = Range (number, queries_number, step)
+    start = Unsqueeze (query_start, one)
+    slot_of_query = Add (start, steps)
+    cost = Mul (rows_a_query, width)
+    affordable = Div (workspace, cost)
+    at_most = Min (affordable, queries)
+    chunk = Max (at_most, one)
+    chunk_1 = Sub (chunk, one)
+    queries_1 = Sub (queries, one)
+    queries_up = Add (queries, chunk_1)
+    trips = Div (queries_up, chunk)
+    trips_number = Squeeze (trips)
+    chunk_number = Squeeze (chunk)
+    in_chunk = Range (number, chunk_number, step)
+"""
+
 # Slots are counted from the anchor of the row, so that block n is the slots n * block_size and on.
 _SELECT = """
 <domain: "msa", opset_import: ["" : OPSET]>
@@ -94,24 +113,9 @@ SelectBlocks <block_size, topk, local_blocks, sink_blocks>
     laid_out_32 = Cast <to: int = 1> (laid_out)
     keys_BHDW = Transpose <perm: ints = [0, 1, 3, 2]> (laid_out_32)
 
-    queries_number = Squeeze (queries)
-    steps = Range (number, queries_number, step)
-    start = Unsqueeze (query_start, one)
-    slot = Add (start, steps)
-    position = Sub (slot, anchor)
-
     rows_a_query = Mul (batch, groups)
-    cost = Mul (rows_a_query, width)
-    affordable = Div (workspace, cost)
-    at_most = Min (affordable, queries)
-    chunk = Max (at_most, one)
-    chunk_1 = Sub (chunk, one)
-    queries_1 = Sub (queries, one)
-    queries_up = Add (queries, chunk_1)
-    trips = Div (queries_up, chunk)
-    trips_number = Squeeze (trips)
-    chunk_number = Squeeze (chunk)
-    in_chunk = Range (number, chunk_number, step)
+    CHUNKS
+    position = Sub (slot_of_query, anchor)
     to_blocks = Concat <axis: int = 0> (batch, groups, chunk, blocks, block)
 
     by_chunk = Loop (trips_number, always) <body = select_chunk
@@ -200,24 +204,9 @@ NAME <ATTRIBUTES>
 
     anchor_B = Max (key_start, zero)
     anchor = Reshape (anchor_B, to_column)
-    queries_number = Squeeze (queries)
-    steps = Range (number, queries_number, step)
-    start = Unsqueeze (query_start, one)
-    position = Add (start, steps)
-
     width = Mul (blocks, block)
     rows_a_query = Mul (batch, heads)
-    cost = Mul (rows_a_query, width)
-    affordable = Div (workspace, cost)
-    at_most = Min (affordable, queries)
-    chunk = Max (at_most, one)
-    chunk_1 = Sub (chunk, one)
-    queries_1 = Sub (queries, one)
-    queries_up = Add (queries, chunk_1)
-    trips = Div (queries_up, chunk)
-    trips_number = Squeeze (trips)
-    chunk_number = Squeeze (chunk)
-    in_chunk = Range (number, chunk_number, step)
+    CHUNKS
     rows_a_group = Mul (heads_a_group, chunk)
     to_groups = Concat <axis: int = 0> (batch, groups, rows_a_group, dim)
     to_scores = Concat <axis: int = 0> (batch, groups, heads_a_group, chunk, rest)
@@ -275,7 +264,7 @@ NAME <ATTRIBUTES>
         is_seen = And (is_key, may_see_slot)
         is_seen_BH1S = Unsqueeze (is_seen, two)
         slots_BH1S = Unsqueeze (slots, two)
-        position_BC = Gather <axis: int = 1> (position, rows)
+        position_BC = Gather <axis: int = 1> (slot_of_query, rows)
         position_B1C = Unsqueeze (position_BC, one)
         position_B1C1 = Unsqueeze (position_B1C, rest)
         is_before = LessOrEqual (slots_BH1S, position_B1C1)
@@ -372,5 +361,7 @@ def attention_function(opset: int, *, softcap: bool, sinks: bool, workspace: int
 def _parse(text: str, opset: int, workspace: int) -> Any:
     import onnx.parser
 
-    text = text.replace("NUMBERS", _NUMBERS).replace("WORKSPACE", str(workspace)).replace("OPSET", str(opset))
+    parts = {"NUMBERS": _NUMBERS, "CHUNKS": _CHUNKS, "WORKSPACE": str(workspace), "OPSET": str(opset)}
+    for name, part in parts.items():
+        text = text.replace(name, part)
     return onnx.parser.parse_function(text)

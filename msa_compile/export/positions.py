@@ -2,7 +2,7 @@
 
 A transformers model takes a mask `[B, 1, Tq, Tk]`. While it is captured it is given the result of `msa::causal_mask`,
 which says what the mask means and not what it holds; afterwards `bound_masks` puts that meaning, which is linear in
-`Tk`, into the arguments of the attention. `msa::write_cache` is the write of a step into a buffer of fixed length.
+`Tk`, into the arguments of the attention.
 """
 
 from __future__ import annotations
@@ -44,27 +44,6 @@ def causal_mask(queries: Tensor, key_length: int, query_start: Tensor | None, ke
 @causal_mask.register_fake
 def _(queries: Tensor, key_length: int, query_start: Tensor | None, key_visible: Tensor | None) -> Tensor:
     return queries.new_empty((queries.shape[0], 1, queries.shape[1], key_length), dtype=torch.bool)
-
-
-@torch.library.custom_op("msa::write_cache", mutates_args=())
-def write_cache(cache: Tensor, update: Tensor, position: Tensor) -> Tensor:
-    """A cache with some of its slots written.
-
-    Args:
-        cache: `[B, Hkv, L, D]`.
-        update: `[B, Hkv, T, D]`, dtype of `cache`.
-        position: `[B]` int64, slot of the first token of each row, at most `L - T`.
-
-    Returns:
-        `[B, Hkv, L, D]`.
-    """
-    slots = position[:, None] + torch.arange(update.shape[2], device=cache.device)
-    return cache.scatter(2, slots[:, None, :, None].expand_as(update), update)
-
-
-@write_cache.register_fake
-def _(cache: Tensor, update: Tensor, position: Tensor) -> Tensor:
-    return cache.new_empty(cache.shape)
 
 
 def bound_masks(gm: GraphModule) -> None:

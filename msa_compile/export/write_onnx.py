@@ -7,7 +7,7 @@ from pathlib import Path
 
 from msa_compile.config import MSAConfig
 from msa_compile.errors import ExportMemoryError
-from msa_compile.export.lint_memory import halved, lint_memory, profiles_of
+from msa_compile.export.lint_memory import halved, lint_live, lint_memory, profiles_of
 from msa_compile.export.records import SparseProgram
 
 # A protobuf holds 2 GiB; weights beyond this lie in a file beside it.
@@ -55,8 +55,12 @@ def write_onnx(sparse: SparseProgram, path: Path, config: MSAConfig) -> Written:
                 "these sizes do not go together, give dynamic_shapes ranges whose ends do."
             ) from error
         largest = max(largest, lint_memory(name, whole, half, workspace=WORKSPACE))
+        at_once = lint_live(name, whole)
         said = ", ".join(f"{key} {size}" for key, size in sizes.items())
-        checks.append(f"memory at {name} ({said}): no tensor of Tq x Tk, the largest {largest / 2**20:.0f} MiB")
+        checks.append(
+            f"memory at {name} ({said}): no tensor of Tq x Tk, the largest {largest / 2**20:.0f} MiB, "
+            f"{at_once / 2**20:.0f} MiB at once"
+        )
     checked = check_onnx(path, sparse, config.block_size, config.block_size * config.topk_blocks)
     not_checked = (*checked.not_checked, "TensorRT and other runtimes than onnxruntime")
     return Written(opset, largest, (*checks, *checked.checks), not_checked)

@@ -104,7 +104,12 @@ def _appended(emit: Emitter, plan: IndexPlan, name: str, query: Node, key: Node)
     if past is not None:
         source = _place(emit.graph, past.node)
         dims = tuple(None if axis == "H" else past.axes.index(axis) for axis in "BHTD")
-        key = emit(aten.cat.default, [_new_input(emit, past.node, dims, dtype), key], 2)
+        earlier, position = _new_input(emit, past.node, dims, dtype), plan.cache.position
+        key = (
+            emit(aten.cat.default, [earlier, key], 2)
+            if position is None
+            else emit(torch.ops.msa.write_cache.default, earlier, key, position)
+        )
     if past is None and not outputs:
         return IndexNodes(query, key, None, is_handed_in=False)
     binding = _binding(emit.graph, plan, name, dtype, source, dims, grows=True)

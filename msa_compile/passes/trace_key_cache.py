@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+import msa_compile.kernels.write_cache  # noqa: F401  (registers the op)
 from msa_compile.passes.attention import Heads
 from msa_compile.passes.graph_facts import GraphFacts, argument, is_op, is_owned, tensor_value
 from msa_compile.passes.placed import IndexRefused, Placed, dimension_of, unmoved
@@ -26,12 +27,14 @@ class KeyCache:
     Attributes:
         fresh: The keys of this call, ``[B, H, T, D]`` in some order.
         past: What they are appended to, an input of the graph.
-        store: What they are written into instead.
+        position: Where in ``past`` each row of them is written instead (``msa::write_cache``).
+        store: What they are written into, in place.
         outputs: Places among the graph's outputs of the tensor that holds all keys afterwards.
     """
 
     fresh: Placed
     past: Placed | None = None
+    position: Node | None = None
     store: Store | None = None
     outputs: tuple[int, ...] = ()
 
@@ -75,6 +78,8 @@ def _appended(facts: GraphFacts, placed: Placed) -> KeyCache:
     if facts.writes(joined.node, facts.graph.output_node()):
         raise IndexRefused("the keys are changed in place after they are computed")
     outputs = tuple(index for index, node in enumerate(_outputs(facts)) if _unmoved_node(node) is joined.node)
+    if is_op(joined.node, torch.ops.msa.write_cache):
+        return _written(joined, outputs)
     if not is_op(joined.node, aten.cat):
         return KeyCache(joined, outputs=outputs)
     dim = dimension_of(argument(joined.node, "dim"), 4)
@@ -85,9 +90,22 @@ def _appended(facts: GraphFacts, placed: Placed) -> KeyCache:
     if len(parts) == 1:
         return KeyCache(fresh, outputs=outputs)
     past = unmoved(Placed(parts[0], joined.axes))
-    if len(parts) > 2 or past.node.op != "placeholder" or is_owned(past.node):
+    if len(parts) > 2 or not _is_handed_in(past.node):
         raise IndexRefused("the keys are appended to something else than a cache that was handed in")
     return KeyCache(fresh, past, outputs=outputs)
+
+
+def _written(joined: Placed, outputs: tuple[int, ...]) -> KeyCache:
+    cache, update, position = joined.node.args
+    assert isinstance(cache, Node) and isinstance(update, Node) and isinstance(position, Node), "arguments of the op"
+    past = unmoved(Placed(cache, joined.axes))
+    if joined.axes != "BHTD" or not _is_handed_in(past.node):
+        raise IndexRefused("the keys are written into something else than a cache that was handed in")
+    return KeyCache(unmoved(Placed(update, joined.axes)), past, position, outputs=outputs)
+
+
+def _is_handed_in(node: Node) -> bool:
+    return node.op == "placeholder" and not is_owned(node)
 
 
 def _unmoved_node(node: Node) -> Node | None:

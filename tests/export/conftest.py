@@ -19,11 +19,11 @@ def _quiet_torch() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def artifact_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Looks an artifact up: name of the model, cache, whether there is padding."""
+    """Looks an artifact up: name of the model, cache, whether there is padding, indexer."""
     from exported import export_one
 
     @functools.cache
-    def find(name: str, cache: str = "none", *, padded: bool = False) -> Any:
-        return export_one(tmp_path_factory.mktemp("export"), name, cache, padded=padded)
+    def find(name: str, cache: str = "none", *, padded: bool = False, indexer: str = "keys") -> Any:
+        return export_one(tmp_path_factory.mktemp("export"), name, cache, padded=padded, indexer=indexer)
 
     return find

@@ -6,6 +6,7 @@ from typing import Any
 
 import onnxruntime
 import torch
+from models.learned import sharpen
 from models.zoo import VOCAB, ZOO, Entry
 
 import msa_compile
@@ -65,14 +66,15 @@ def load(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def export_one(folder: Path, name: str, cache: str, *, padded: bool) -> Artifact:
+def export_one(folder: Path, name: str, cache: str, *, padded: bool, indexer: str) -> Artifact:
     entry = ZOO[name]
     ids = tokens(2, 23)
     is_hand_written = not hasattr(entry.build(), "config")
     given: Any = (ids,) if is_hand_written else {"input_ids": ids}
     if padded:
         given["attention_mask"] = torch.ones_like(ids)
-    model = sparse(entry.build(), given)
+    model = sparse(entry.build(), given, indexer=indexer)
+    sharpen(model)
     path = folder / f"{name}_{cache}.onnx"
     result = msa_compile.export(
         model, path, example_inputs=given, cache=cache, max_length=64 if is_hand_written else MAX_LENGTH

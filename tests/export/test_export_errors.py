@@ -2,6 +2,7 @@
 
 import errno
 import importlib.util
+import resource
 
 import pytest
 import torch
@@ -25,7 +26,9 @@ pytest.importorskip("transformers", reason="the hf extra is not installed")
 from exported import sparse, tokens
 from models.zoo import ZOO
 
-from msa_compile.export import check_onnx, export_model
+from msa_compile.export import compare, export_model, write_aoti
+from msa_compile.passes import plan_index
+from msa_compile.passes.placed import IndexRefused
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +91,25 @@ def test_an_example_of_one_row_is_refused_where_nothing_says_how_to_repeat_it(ex
         export(example_inputs=(tokens(1, 23),))
 
 
-def test_a_full_disk_leaves_nothing(export, monkeypatch):
-    import onnx_ir
+def test_a_disk_that_is_full_in_the_middle_of_a_file_leaves_nothing(export):
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, allowed[1]))
+    try:
+        with pytest.raises(ExportWriteError, match=r"File too large.*free space or choose another folder"):
+            export()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
 
-    def half(model, path, **options):
+
+def test_a_disk_that_is_full_leaves_nothing_of_a_package(export, monkeypatch):
+    def half(program, path, functions, library, folder):
         path.write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(onnx_ir, "save", half)
+    monkeypatch.setattr(write_aoti, "build_package_ops", lambda: None)
+    monkeypatch.setattr(write_aoti._compat, "compile_package", half)
     with pytest.raises(ExportWriteError, match="No space left on device"):
-        export()
+        export("m.pt2")
 
 
 def test_a_folder_that_is_not_there_is_an_error(export):
@@ -106,8 +118,8 @@ def test_a_folder_that_is_not_there_is_an_error(export):
 
 
 def test_a_file_that_computes_something_else_is_not_left(export, monkeypatch):
-    monkeypatch.setattr(check_onnx, "TOLERANCES", {"float32": 0.0})
-    with pytest.raises(ExportMismatchError, match="apart between onnxruntime and PyTorch"):
+    monkeypatch.setattr(compare, "TOLERANCES", {"float32": 0.0})
+    with pytest.raises(ExportMismatchError, match=r"apart between onnxruntime .* and PyTorch"):
         export()
 
 
@@ -129,9 +141,14 @@ def test_a_site_that_is_lost_between_model_and_program_is_an_error(model, tmp_pa
         msa_compile.export(model, tmp_path / "m.onnx", example_inputs=tokens(2, 23), max_length=64)
 
 
-def test_a_learned_indexer_is_refused_and_not_replaced(tmp_path):
+def test_a_learned_indexer_that_cannot_be_captured_is_not_replaced_by_keys(tmp_path, monkeypatch):
     config = msa_compile.MSAConfig(block_size=4, topk_blocks=3, indexer="learned")
     model = msa_compile.sparsify(ZOO["llama"].build(), config, inner="eager")
-    with pytest.raises(ExportIndexerError, match=r'self_attn\.indexer.*indexer="keys"'):
+
+    def refuse(*given, **options):
+        raise IndexRefused("its hidden state is not found")
+
+    monkeypatch.setattr(plan_index, "plan_index", refuse)
+    with pytest.raises(ExportIndexerError, match=r'layers\.0\.self_attn: .*not found[^$]*indexer="keys"'):
         msa_compile.export(model, tmp_path / "m.onnx", example_inputs=tokens(2, 23))
     assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,7 @@
 """An artifact fits its longest call: the lint knows every size, and sees what grows with the square of the length."""
 
+import sys
+
 import pytest
 
 import msa_compile
@@ -12,7 +14,7 @@ from exported import sparse, tokens  # noqa: E402
 from models.zoo import ZOO  # noqa: E402
 from onnx import TensorProto, helper  # noqa: E402
 
-from msa_compile.export.lint_memory import LARGEST, lint_memory  # noqa: E402
+from msa_compile.export.lint_memory import LARGEST, lint_live, lint_memory  # noqa: E402
 from msa_compile.export.measure_onnx import UnknownSizeError, measure_onnx  # noqa: E402
 from msa_compile.export.onnx_functions import (  # noqa: E402
     WORKSPACE,
@@ -78,6 +80,28 @@ def test_attention_of_64k_tokens_and_8_groups_stays_below_the_bound(variant, que
     scores = [tensor for tensor in whole if tensor.operator == "MatMul" and tensor.shape[-1] == LONG]
     assert len(scores) == 2, "those of the selection and those of the attention were seen"
     assert max(tensor.elements for tensor in scores) <= WORKSPACE
+
+
+@pytest.mark.parametrize("queries", [LONG, 1], ids=["prefill", "decode"])
+def test_what_an_attention_of_64k_tokens_and_8_groups_needs_at_once_stays_below_2_gib(monkeypatch, queries):
+    monkeypatch.setattr(sys.modules[__name__], "HEADS", 16)
+    assert lint_live("64K", measure_onnx(site_model(), shapes(queries, LONG))) < LARGEST
+
+
+def test_tensors_that_are_needed_at_once_are_added_and_others_are_not():
+    # b = -a, c = -b, d = b + c, and e = c in another shape, which keeps c.
+    steps = [("Neg", ["a"], "b"), ("Neg", ["b"], "c"), ("Reshape", ["c", "shape"], "e"), ("Add", ["b", "c"], "d"),
+             ("Neg", ["d"], "f"), ("Neg", ["e"], "g")]  # fmt: skip
+    nodes = [helper.make_node(kind, given, [made]) for kind, given, made in steps]
+    info = helper.make_tensor_value_info
+    shape = helper.make_tensor("shape", TensorProto.INT64, [1], [-1])
+    results = [info("f", TensorProto.FLOAT, [256]), info("g", TensorProto.FLOAT, [256])]
+    graph = helper.make_graph(nodes, "g", [info("a", TensorProto.FLOAT, [256])], results, [shape])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)])
+    live = {made.name: made.live >> 10 for made in measure_onnx(model, {"a": (256,)})}
+    assert live == {"b": 1, "c": 2, "d": 3}
+    with pytest.raises(ExportMemoryError, match=r"at d \(Add\) the tensors that are needed at once"):
+        lint_live("it", measure_onnx(model, {"a": (256,)}), bound=2048)
 
 
 def test_selection_and_attention_that_are_not_chunked_fail():

@@ -112,3 +112,22 @@ def test_exporting_leaves_the_model_sparse_and_as_it_was(tmp_path):
     msa_compile.export(model, tmp_path / "m.onnx", example_inputs=tokens(2, 23), max_length=64)
     assert difference(before, model(tokens(1, 50))) == 0
     assert msa_compile.explain(model).dense_calls == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["none", "static"])
+def test_a_model_in_half_precision_runs_in_onnxruntime(tmp_path, cache):
+    ids = {"input_ids": tokens(2, 23)}
+    model = sparse(ZOO["qwen3"].build().half())
+    result = msa_compile.export(model, tmp_path / "m.onnx", example_inputs=ids, cache=cache, max_length=128)
+    assert {port.dtype for port in result.outputs} == {"float16"}
+    assert "onnxruntime 1" in str(result)
+    assert "equals PyTorch at batch 2, length 23" in str(result)
+
+
+@pytest.mark.slow
+def test_a_model_in_bfloat16_is_written_and_the_result_says_that_onnxruntime_did_not_check_it(tmp_path):
+    model = sparse(ZOO["llama"].build().bfloat16())
+    result = msa_compile.export(model, tmp_path / "m.onnx", example_inputs={"input_ids": tokens(2, 23)}, max_length=64)
+    assert any("does not load it on a CPU" in said and "MatMul" in said for said in result.not_checked)
+    assert not any("equals PyTorch" in said for said in result.checks)
