@@ -30,7 +30,7 @@ from examples.speed_line import speed_line
 from msa_compile import MSAConfig
 
 NEW_TOKENS = 120
-CALIBRATION_STEPS = 30
+CALIBRATION_STEPS = 12
 BATCH = 2  # windows a call
 
 

@@ -206,17 +206,6 @@ class BudgetBackend(MSABackend):
             body.recompile()
 
 
-class ExaminingBackend(MSABackend):
-    """Records what there is to rewrite, and runs every graph as it is."""
-
-    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Examine one graph."""
-        if self.model is not None:
-            restore_paths(gm, self.model)
-        self.records.append(run_passes(gm, self.config, self.windows, rewrite=False).record)
-        return gm.forward  # type: ignore[no-any-return]
-
-
 class ObservingBackend(MSABackend):
     """Graphs that show every call of a site with an index branch to an observer; nothing is compiled further.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from msa_compile.adapter import fingerprint
 from msa_compile.api import SparseDoor, dense, require_sparse
-from msa_compile.backend import ExaminingBackend, MSABackend, ObservingBackend
+from msa_compile.backend import MSABackend, ObservingBackend
 from msa_compile.batches import quiet
 from msa_compile.calibrate.feed import Batches, Call, make_feed
 from msa_compile.calibrate.metrics import SiteMetrics
@@ -22,7 +22,7 @@ from msa_compile.calibrate.result import CalibrationResult, SiteCalibration
 from msa_compile.calibrate.shards import add_over_processes, check_mesh, processes
 from msa_compile.calibrate.train import Run, Task, Trained
 from msa_compile.config import MSAConfig
-from msa_compile.discover import CallInputs, Discovery, discover, insert_index_branches, sparse_owners
+from msa_compile.discover import CallInputs, Discovery, discover, insert_index_branches
 from msa_compile.errors import (
     BatchError,
     CalibrateArgumentError,
@@ -34,6 +34,7 @@ from msa_compile.errors import (
 )
 from msa_compile.evaluate.probes import ProbePlan
 from msa_compile.evaluate.run import Pair, evaluate_pair
+from msa_compile.examine import examine
 from msa_compile.indexer import INDEXER, IndexBranch
 from msa_compile.runtime import door_of
 
@@ -220,7 +221,7 @@ def _prepare(model: nn.Module, door: SparseDoor, call: Call) -> tuple[dict[str, 
     inserted = insert_index_branches(model, found, is_forced=False)
     branches: dict[str, IndexBranch] = {}
     for site in found.sites:
-        if site.indexer == "learned" and found.carriers.get(site.name) == site.name:
+        if site.indexer == "learned" and site.name in found.carriers:
             branch = model.get_submodule(site.name)._modules.get(INDEXER)
             if isinstance(branch, IndexBranch):
                 branches[site.name] = branch
@@ -247,11 +248,8 @@ def _discovery(model: nn.Module, door: SparseDoor, call: Call, config: MSAConfig
     try:
         return discover(model, CallInputs(call.args, call.kwargs), config, door.windows)
     except CaptureError:
-        backend = ExaminingBackend(config, "eager", model=model, windows=door.windows)
-        with quiet(model), door.compiling_with(backend):
-            model(*call.args, **call.kwargs)
-        found = Discovery(tuple(backend.records), door.windows)
-        return replace(found, carriers={owner: owner for owner in sparse_owners(found.sites)})
+        with quiet(model):
+            return examine(model, CallInputs(call.args, call.kwargs), config, door.windows, door.compiling_with)
 
 
 def _observing(model: nn.Module, door: SparseDoor, *, is_sparse: bool) -> Callable[..., Any]:
@@ -276,7 +274,7 @@ def _decide(
         sites.append(SiteCalibration(name, decision, before[name].kl, now[name]))
     door.start_over(replace(door.config, exclude=(*door.config.exclude, *left_out)))
     found = _discovery(model, door, call, door.config)
-    door.discovery = replace(found, carriers=door.discovery.carriers)
+    door.discovery = found
     return tuple(sites)
 
 

@@ -97,12 +97,12 @@ def discover(model: nn.Module, inputs: CallInputs, config: MSAConfig, windows: M
             found = run_passes(gm, config, found_windows, after=after, rewrite=False).record
             records.append(found)
             for owner in sparse_owners(found.sites):
-                carriers.setdefault(owner, _carrier(owner, marked, taken=carriers.values()))
+                carriers.setdefault(owner, carrier_of(owner, marked, taken=carriers.values()))
             return gm.forward  # type: ignore[no-any-return]
 
         mark_dynamic((args, kwargs))
         with fake_mode, torch.random.fork_rng(devices=[]):
-            _mark_every_module(fake_model)
+            mark_every_module(fake_model)
             door = door_of(fake_model)
             # A forward that hangs on the instance belongs to the copy as well.
             original = fake_model.__dict__.get("forward") if door is None else door.original
@@ -132,7 +132,7 @@ def _check_signature(model: nn.Module, inputs: CallInputs) -> None:
         ) from error
 
 
-def _mark_every_module(model: nn.Module) -> None:
+def mark_every_module(model: nn.Module) -> None:
     """A marker on each module of a copy: it tells which call belongs to which graph."""
     remove_markers(model)
     tag_frames(model)
@@ -140,7 +140,7 @@ def _mark_every_module(model: nn.Module) -> None:
     install_markers(model, {path: path for path in paths})
 
 
-def _carrier(owner: str, marked: Sequence[str], taken: Collection[str]) -> str:
+def carrier_of(owner: str, marked: Sequence[str], taken: Collection[str]) -> str:
     """The module to carry the marker of ``owner``: itself, or one inside it that the graph of the attention calls."""
     inside = [path for path in marked if path.startswith(f"{owner}." if owner else "") and path not in taken]
     return owner if owner in marked or not inside else inside[0]
@@ -175,7 +175,7 @@ def insert_index_branches(model: nn.Module, discovery: Discovery, *, is_forced: 
     untrained = 0
     inserted = []
     for row in discovery.sites:
-        if row.indexer != "learned" or discovery.carriers.get(row.name) != row.name:
+        if row.indexer != "learned" or row.name not in discovery.carriers:
             continue
         owner = model.get_submodule(row.name)
         is_new = INDEXER not in owner._modules

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -81,7 +81,7 @@ class Batches:
 
     def __init__(self, model: nn.Module, data: Iterable[Any], max_length: int | None) -> None:
         self._model, self._data, self._max_length = model, check_iterable(data), max_length
-        known = len(data) if hasattr(data, "__len__") else None
+        known = len(data) if isinstance(data, Sized) else None
         wanted = 2 if known is None else min(_MOST_HELD_OUT, max(1, known // _TRAINED_TO_HELD_OUT))
         self._rest = iter(self._data)
         self._head = list(itertools.islice(self._rest, wanted + 1))

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from msa_compile._compat import HigherOrderOperator
-from msa_compile.passes.rewrite_attention import LOSS
+from msa_compile.passes.graph_facts import LOSS
 
 
 def return_losses(gm: GraphModule) -> tuple[str, ...]:
@@ -49,7 +49,7 @@ def _taken_out(graph: Graph, call: Node, body: GraphModule) -> list[Node]:
     body.graph.lint()
     body.recompile()
     call.meta["val"] = (*call.meta["val"], *(node.meta["val"] for node in inner))
-    taken = []
+    taken: list[Node] = []
     for place, loss in enumerate(inner):
         with graph.inserting_after(taken[-1] if taken else call):
             node = graph.call_function(operator.getitem, (call, first + place))

@@ -13,13 +13,13 @@ from msa_compile.config import MSAConfig
 from msa_compile.index_keys import IndexBinding
 from msa_compile.passes.detect_attention import Proved
 from msa_compile.passes.emitter import Bias, Emitter
+from msa_compile.passes.graph_facts import LOSS
 from msa_compile.passes.insert_index_branch import insert_index_branch
 from msa_compile.passes.plan_index import IndexPlan
 
 aten = torch.ops.aten
 
 SITE = "msa_site"  # metadata of a `select_blocks` node: the name of its site
-LOSS = "msa_index_loss"  # metadata of the loss of an index branch: the name of its site
 
 
 def rewrite_attention(
@@ -68,9 +68,9 @@ def rewrite_attention(
     block_ids.meta[SITE] = name
     if has_loss and branch is not None:
         bounds = {name: value for name, value in shared.items() if name != "dense_below"}
-        operands = (branch.query, branch.key, query, key, block_ids)
+        compared = (branch.query, branch.key, query, key, block_ids)
         factors = {"scale": attention.scale, "softcap": attention.softcap}
-        loss = emit(torch.ops.msa.index_loss.default, *operands, **factors, **bounds)
+        loss = emit(torch.ops.msa.index_loss.default, *compared, **factors, **bounds)
         emit.item(loss, 0).meta[LOSS] = name
     sinks = None if attention.sinks is None else emit.sinks(attention.sinks)
     out = emit(

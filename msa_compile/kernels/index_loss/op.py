@@ -56,7 +56,7 @@ def _run(
 
     Source: MiniMax Sparse Attention (arXiv 2606.13392), equations 9 and 10.
     """
-    bounds = {
+    bounds: dict[str, Any] = {
         "query_start": query_start,
         "key_start": key_start,
         "key_end": key_end,
