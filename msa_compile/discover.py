@@ -97,12 +97,12 @@ def discover(model: nn.Module, inputs: CallInputs, config: MSAConfig, windows: M
             found = run_passes(gm, config, found_windows, after=after, rewrite=False).record
             records.append(found)
             for owner in sparse_owners(found.sites):
-                carriers.setdefault(owner, _carrier(owner, marked, taken=carriers.values()))
+                carriers.setdefault(owner, carrier_of(owner, marked, taken=carriers.values()))
             return gm.forward  # type: ignore[no-any-return]
 
         mark_dynamic((args, kwargs))
         with fake_mode, torch.random.fork_rng(devices=[]):
-            _mark_every_module(fake_model)
+            mark_every_module(fake_model)
             door = door_of(fake_model)
             # A forward that hangs on the instance belongs to the copy as well.
             original = fake_model.__dict__.get("forward") if door is None else door.original
@@ -132,7 +132,7 @@ def _check_signature(model: nn.Module, inputs: CallInputs) -> None:
         ) from error
 
 
-def _mark_every_module(model: nn.Module) -> None:
+def mark_every_module(model: nn.Module) -> None:
     """A marker on each module of a copy: it tells which call belongs to which graph."""
     remove_markers(model)
     tag_frames(model)
@@ -140,7 +140,7 @@ def _mark_every_module(model: nn.Module) -> None:
     install_markers(model, {path: path for path in paths})
 
 
-def _carrier(owner: str, marked: Sequence[str], taken: Collection[str]) -> str:
+def carrier_of(owner: str, marked: Sequence[str], taken: Collection[str]) -> str:
     """The module to carry the marker of ``owner``: itself, or one inside it that the graph of the attention calls."""
     inside = [path for path in marked if path.startswith(f"{owner}." if owner else "") and path not in taken]
     return owner if owner in marked or not inside else inside[0]
@@ -161,24 +161,37 @@ def sparse_owners(sites: Sequence[Site]) -> list[str]:
     return list(dict.fromkeys(site.name.split(":")[0] for site in sites if site.decision == "sparse"))
 
 
-def insert_index_branches(model: nn.Module, discovery: Discovery) -> None:
-    """Give each site for which a learned indexer was proved an index branch, to be used as it is."""
+def insert_index_branches(model: nn.Module, discovery: Discovery, *, is_forced: bool = True) -> list[nn.Module]:
+    """Give each site for which a learned indexer was proved an index branch.
+
+    Args:
+        model: The model.
+        discovery: What was found in it, with learned indexers planned.
+        is_forced: Whether branches are used as they are; a warning says so where they are not trained.
+
+    Returns:
+        The modules that have one now and had none.
+    """
     untrained = 0
+    inserted = []
     for row in discovery.sites:
-        if row.indexer != "learned" or discovery.carriers.get(row.name) != row.name:
+        if row.indexer != "learned" or row.name not in discovery.carriers:
             continue
         owner = model.get_submodule(row.name)
+        is_new = INDEXER not in owner._modules
         sizes = (row.hidden_size, row.key_value_heads, row.head_dim)
-        if not insert_index_branch(owner, *sizes, is_forced=True):
+        if not insert_index_branch(owner, *sizes, is_forced=is_forced):
             log.warning("%s has no room for an index branch and scores with keys", row.name or "<root>")
             continue
+        inserted += [owner] if is_new else []
         untrained += not owner.get_submodule(INDEXER).is_calibrated
-    if untrained:
+    if untrained and is_forced:
         log.warning(
             '%d index branches are not trained, and indexer="learned" selects blocks by them all the same: what the '
-            "model says beyond its budget means nothing until they are",
+            "model says beyond its budget means nothing until they are; msa_compile.calibrate trains them",
             untrained,
         )
+    return inserted
 
 
 def check_any_sparse(records: Sequence[GraphRecord]) -> None:

@@ -66,14 +66,21 @@ def _(token: Tensor, name: str, weights: Sequence[Tensor]) -> None:
 
 
 class SiteMarker:
-    """Forward pre-hook that reports a dense call of a site. Picklable, and copied with its module."""
+    """Forward pre-hook that reports a dense call of a site. Picklable, and copied with its module.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: Of the site.
+        owner: The module that owns it, where that is not the one that is hooked.
+    """
+
+    def __init__(self, name: str, owner: nn.Module | None = None) -> None:
         self.name = name
+        self.owner = owner
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Count."""
-        torch.ops.msa.site(module._buffers[TOKEN], self.name, weights_in_use(module))
+        owner = module if self.owner is None else self.owner
+        torch.ops.msa.site(module._buffers[TOKEN], self.name, weights_in_use(owner))
 
 
 class FrameTag:
@@ -266,7 +273,8 @@ def install_markers(model: nn.Module, carriers: Mapping[str, str]) -> None:
             continue
         module.register_buffer(TOKEN, torch.zeros(1, dtype=torch.int64, device="cpu"), persistent=False)
         if module is not model:
-            module.register_forward_pre_hook(SiteMarker(owner))
+            other = None if carrier == owner else model.get_submodule(owner)
+            module.register_forward_pre_hook(SiteMarker(owner, other))
 
 
 def tag_frames(model: nn.Module) -> None:

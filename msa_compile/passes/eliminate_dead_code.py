@@ -7,6 +7,7 @@ import operator
 from torch.fx import Graph, Node
 
 from msa_compile._compat import OpOverload, flex_attention
+from msa_compile.passes.graph_facts import LOSS
 
 
 def eliminate_dead_code(graph: Graph) -> int:
@@ -17,7 +18,7 @@ def eliminate_dead_code(graph: Graph) -> int:
     """
     removed = 0
     for node in reversed(list(graph.nodes)):
-        if not node.users and _is_pure(node):
+        if not node.users and _is_pure(node) and LOSS not in node.meta:
             graph.erase_node(node)
             removed += 1
     return removed

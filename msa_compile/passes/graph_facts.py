@@ -13,6 +13,8 @@ from msa_compile._compat import OpOverload
 # Metadata of a placeholder, written by both captures: whether the model keeps it as a parameter or buffer.
 OWNED = "msa_owned"
 TRAINED = "msa_trained"
+# Metadata of the loss of an index branch, which becomes an output at the end: the name of its site.
+LOSS = "msa_index_loss"
 
 
 class GraphFacts:
