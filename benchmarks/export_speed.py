@@ -174,7 +174,8 @@ def _markdown(rows: list[str]) -> str:
             f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, float32, batch 1, {HEADS} heads, {GROUPS} "
             f"groups of width {DIM}, blocks of {CONFIG.block_size}, {CONFIG.topk_blocks} chosen. Times are medians "
             "of calls in turns; the ratio is paired, above 1 where the second is faster, with its quartiles.",
-            "Made by `python -m benchmarks.export_speed`.",
+            "Made by `python -m benchmarks.export_speed`. The compiled model makes a mask over its whole static "
+            "cache in each call, as `generate` has it; a package has none.",
             "",
             "| what | length | before, ms | after, ms | ratio | rounds |",
             "|---|---|---|---|---|---|",

@@ -374,10 +374,9 @@ def paused(door: Door) -> Iterator[None]:
 
 def restore_parts(model: nn.Module) -> None:
     """Give a paused model its markers and index branches back, and not its door."""
-    pause = _paused[model]
-    for marker in pause.removed:
+    for marker in _paused[model].removed:
         marker.put_back()
-    for module, branch in pause.branches:
+    for module, branch in _paused[model].branches:
         module.register_module(INDEXER, branch)
 
 
