@@ -65,11 +65,11 @@ def main() -> None:
     text = _markdown(rows)
     print(text)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"export_{'_'.join(options.cases)}.md").write_text(text)
+    (RESULTS / "export_speed.md").write_text(text)
 
 
 def _onnx(folder: Path, lengths: list[int], seconds: float) -> list[str]:
-    model, most = Layer(), max(lengths)
+    model, most = Layer().eval(), max(lengths)
     given = torch.randn(2, 256, WIDTH)
     dims = {0: torch.export.Dim("batch", min=1, max=8), 1: torch.export.Dim("length", min=1, max=most)}
     dense = torch.onnx.export(model, (given,), dynamo=True, opset_version=23, dynamic_shapes=(dims,), verbose=False)
@@ -123,7 +123,8 @@ def _package(folder: Path, lengths: list[int], seconds: float) -> list[str]:
                 "compiled": _compiled(model, cache, piece, start),
                 "package": _packaged(package, past, piece, start),
             }
-            found = {kind: call() for kind, call in calls.items()}
+            # A second call compiles again: the cache is then there.
+            found = [{kind: call() for kind, call in calls.items()} for _ in range(3)][-1]
             gap = float((found["compiled"] - found["package"]).abs().max())
             assert gap < 1e-3, f"{name} at {length}: {gap}"
             rounds = take_rounds(calls, CPU, seconds=seconds / 2, in_a_row=1 if name == "prefill" else 20)
@@ -173,7 +174,8 @@ def _markdown(rows: list[str]) -> str:
             f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, float32, batch 1, {HEADS} heads, {GROUPS} "
             f"groups of width {DIM}, blocks of {CONFIG.block_size}, {CONFIG.topk_blocks} chosen. Times are medians "
             "of calls in turns; the ratio is paired, above 1 where the second is faster, with its quartiles.",
-            "Made by `python -m benchmarks.export_speed`.",
+            "Made by `python -m benchmarks.export_speed`. The compiled model makes a mask over its whole static "
+            "cache in each call, as `generate` has it; a package has none.",
             "",
             "| what | length | before, ms | after, ms | ratio | rounds |",
             "|---|---|---|---|---|---|",

@@ -375,29 +375,17 @@ def paused(door: Door) -> Iterator[None]:
             if pause is not None:
                 pause.blocks -= 1
                 if pause.blocks == 0:
+                    restore_parts(model)
                     del _paused[model]
                     hang_door(door)
-                    for marker in pause.removed:
-                        marker.put_back()
-                    for module, branch in pause.branches:
-                        module.register_module(INDEXER, branch)
 
 
-@contextlib.contextmanager
-def with_index_branches(model: nn.Module) -> Iterator[None]:
-    """A paused model with its markers and index branches in their places, for a capture that shall have the weights."""
-    pause = _paused[model]
-    for marker in pause.removed:
+def restore_parts(model: nn.Module) -> None:
+    """Give a paused model its markers and index branches back, and not its door."""
+    for marker in _paused[model].removed:
         marker.put_back()
-    for module, branch in pause.branches:
+    for module, branch in _paused[model].branches:
         module.register_module(INDEXER, branch)
-    if TOKEN in model._buffers:
-        model.register_forward_pre_hook(SiteMarker(""))
-    try:
-        yield
-    finally:
-        remove_markers(model)
-        remove_index_branches(model)
 
 
 def door_of(model: nn.Module) -> Door | None:

@@ -25,10 +25,10 @@ from msa_compile.export.thread_index_keys import (
     name_index_keys,
     trust_index_keys,
     with_graph,
+    with_index_branches,
 )
 from msa_compile.indexer import weights_in_use
 from msa_compile.passes.pipeline import run_passes
-from msa_compile.runtime import with_index_branches
 
 aten = torch.ops.aten
 

@@ -7,13 +7,14 @@ taken for what they are.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry
 from torch.export.graph_signature import (
@@ -29,8 +30,9 @@ from torch.utils import _pytree as pytree
 
 from msa_compile.errors import ExportIndexerError
 from msa_compile.index_keys import IndexBinding
+from msa_compile.indexer import remove_index_branches
 from msa_compile.records import Site
-from msa_compile.runtime import TOKEN
+from msa_compile.runtime import TOKEN, SiteMarker, remove_markers, restore_parts
 
 # Behind the arguments of the model.
 ARGUMENT = "index_keys"
@@ -59,6 +61,19 @@ class Threaded:
     def returned(self) -> tuple[IndexBinding, ...]:
         """Those with an output."""
         return tuple(binding for binding in self.bindings if binding.is_returned)
+
+
+@contextlib.contextmanager
+def with_index_branches(model: nn.Module) -> Iterator[None]:
+    """A paused model with its markers and index branches in their places, for a capture that shall have the weights."""
+    restore_parts(model)
+    if TOKEN in model._buffers:
+        model.register_forward_pre_hook(SiteMarker(""))
+    try:
+        yield
+    finally:
+        remove_markers(model)
+        remove_index_branches(model)
 
 
 def find_index_keys(gm: GraphModule, bindings: Sequence[IndexBinding]) -> Threaded:

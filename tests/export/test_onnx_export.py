@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import msa_compile
+from msa_compile.errors import CaptureError
 from msa_compile.export import write_onnx
 
 onnx = pytest.importorskip("onnx", reason="the onnx extra is not installed")
@@ -131,3 +132,15 @@ def test_a_model_in_bfloat16_is_written_and_the_result_says_that_onnxruntime_did
     result = msa_compile.export(model, tmp_path / "m.onnx", example_inputs={"input_ids": tokens(2, 23)}, max_length=64)
     assert any("does not load it on a CPU" in said and "MatMul" in said for said in result.not_checked)
     assert not any("equals PyTorch" in said for said in result.checks)
+
+
+@pytest.mark.slow
+def test_experts_and_sinks_are_in_the_file_once_the_experts_are_not_an_operator_of_their_library(tmp_path):
+    model, ids = ZOO["gpt_oss"].build(), {"input_ids": tokens(2, 23)}
+    with pytest.raises(CaptureError, match="grouped_mm"):
+        msa_compile.export(sparse(model), tmp_path / "m.onnx", example_inputs=ids, max_length=128)
+    model.set_experts_implementation("batched_mm")
+    result = msa_compile.export(model, tmp_path / "m.onnx", example_inputs=ids, max_length=128)
+    kinds = [node.op_type for node in onnx.load(result.path).graph.node if node.domain == "msa"]
+    assert kinds == ["SelectBlocks", "BlockSparseAttentionWithSinks"]
+    assert "equals PyTorch at batch 2, length 23" in str(result)
