@@ -60,6 +60,7 @@ def test_it_teaches_the_branches_alone_and_the_models_own_loss_does_not():
     assert all(p.grad is None for name, p in model.named_parameters() if ".indexer." in name)
 
 
+@pytest.mark.slow
 def test_with_every_block_selected_it_is_the_loss_of_calibration():
     everything = MSAConfig(block_size=4, topk_blocks=10, dense_below=0, indexer="learned")
     model = learned(small, everything)
@@ -74,6 +75,7 @@ def test_with_every_block_selected_it_is_the_loss_of_calibration():
     assert sum(found.history[0]) == pytest.approx(loss, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_what_lies_in_padding_changes_nothing():
     mask = (torch.arange(37) >= torch.tensor([[0], [9]])).long()
     found = []
@@ -115,6 +117,7 @@ def test_there_is_none_where_nothing_trains():
         msa_compile.index_loss(keys)
 
 
+@pytest.mark.slow
 def test_a_trainer_adds_it_to_its_loss(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
