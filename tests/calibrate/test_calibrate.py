@@ -53,7 +53,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "indexer"),
     [
-        (small, "auto"),
+        pytest.param(small, "auto", marks=slow),
         pytest.param(llama, "auto", marks=slow),
         pytest.param(small, "learned", marks=slow),
         pytest.param(llama, "learned", marks=slow),
@@ -97,6 +97,7 @@ def test_branches_start_near_the_layers_own_queries_and_keys():
 
 def test_the_table_the_picture_and_plain_values_have_every_site(tmp_path):
     result = calibrated(new(), steps=4)
+    assert all(site.metrics.kl < site.kl_before for site in result.sites)
     assert all(name in str(result) for name in ("layers.0.attn", "layers.1.attn", "NLL", "block recall"))
     assert json.loads(json.dumps(result.to_dict()))["steps"] == 4
     pytest.importorskip("matplotlib")
@@ -105,13 +106,15 @@ def test_the_table_the_picture_and_plain_values_have_every_site(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fallback", "indexer"), [("keys", "auto"), pytest.param("keys", "learned", marks=slow), ("dense", "auto")]
+    ("fallback", "indexer"),
+    [pytest.param("keys", "auto", marks=slow), pytest.param("keys", "learned", marks=slow), ("dense", "auto")],
 )
 def test_a_site_below_the_bar_falls_back(fallback, indexer):
     config = MSAConfig(block_size=4, topk_blocks=3, dense_below=0, fallback=fallback, indexer=indexer)
     model = new(config=config)
     result = calibrated(model, steps=2, min_mass_ratio=1.0)
     assert {site.decision for site in result.sites} == {fallback}
+    assert {site.indexer for site in msa_compile.explain(model).sites} == {"keys" if fallback == "keys" else None}
     expected = new() if fallback == "keys" else sharp(small())
     assert torch.equal(logits(model), logits(expected))
     report = msa_compile.explain(model)
@@ -120,6 +123,7 @@ def test_a_site_below_the_bar_falls_back(fallback, indexer):
         assert {site.reason for site in report.sites} == {msa_compile.Reason.EXCLUDED}
 
 
+@slow
 def test_decisions_and_metrics_are_saved_and_loaded(tmp_path):
     pytest.importorskip("safetensors")
     model = new(config=MSAConfig(block_size=4, topk_blocks=3, dense_below=0, indexer="learned"))
@@ -223,7 +227,8 @@ def broken_at(place):
     return data
 
 
-@pytest.mark.parametrize("indexer", ["auto", pytest.param("learned", marks=slow)])
+@slow
+@pytest.mark.parametrize("indexer", ["auto", "learned"])
 def test_nan_is_an_error_that_leaves_the_model_as_it_was(indexer):
     model = new(config=MSAConfig(block_size=4, topk_blocks=3, dense_below=0, indexer=indexer))
     with torch.no_grad():
@@ -252,8 +257,10 @@ def padding_only():
     ("data", "error", "why"),
     [
         ([], errors.EmptyDataError, "no batch"),
-        ([BATCHES[0], BATCHES[0], padding_only()], errors.EmptyDataError, "batch 2 .* no padding"),
-        ((batch for batch in BATCHES), errors.EmptyDataError, "ended after 4 batches"),
+        pytest.param(
+            [BATCHES[0], BATCHES[0], padding_only()], errors.EmptyDataError, "batch 2 .* no padding", marks=slow
+        ),
+        pytest.param((batch for batch in BATCHES), errors.EmptyDataError, "ended after 4 batches", marks=slow),
         ([batch[:, :12] for batch in BATCHES], errors.EmptyDataError, "more than 12 tokens"),
         (BATCHES[0], errors.BatchError, "for one"),
         (lambda model: None, errors.EmptyDataError, "without a call"),
@@ -283,6 +290,7 @@ def test_arguments_outside_their_range_are_refused(options, why):
         calibrated(new(), **options)
 
 
+@slow
 def test_models_with_nothing_to_train_are_refused():
     with pytest.raises(errors.CalibrateArgumentError, match='indexer="keys"'):
         calibrated(new(config=MSAConfig(block_size=4, topk_blocks=3, indexer="keys")))

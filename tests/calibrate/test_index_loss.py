@@ -88,7 +88,8 @@ def test_what_lies_in_padding_changes_nothing():
     assert found[0].item() == pytest.approx(found[1].item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_under_gradient_checkpointing_the_gradients_are_the_same(inner):
     *losses, plain = step(learned(inner=inner))
     model = learned(inner=inner)
@@ -100,6 +101,7 @@ def test_under_gradient_checkpointing_the_gradients_are_the_same(inner):
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_there_is_none_where_nothing_trains():
     model = learned(small)
     with pytest.raises(errors.NoIndexLossError, match="call the model before"):
