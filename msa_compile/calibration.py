@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,7 @@ from msa_compile.evaluate.probes import ProbePlan
 from msa_compile.evaluate.run import Pair, evaluate_pair
 from msa_compile.examine import examine
 from msa_compile.indexer import INDEXER, IndexBranch
+from msa_compile.records import GraphRecord
 from msa_compile.runtime import door_of
 
 STAGES = ("align", "sparse")
@@ -274,8 +275,15 @@ def _decide(
         sites.append(SiteCalibration(name, decision, before[name].kl, now[name]))
     door.start_over(replace(door.config, exclude=(*door.config.exclude, *left_out)))
     found = _discovery(model, door, call, door.config)
-    door.discovery = found
+    by_keys = {site.name for site in sites if site.decision == "keys"}
+    door.discovery = replace(found, records=tuple(_scored_with_keys(record, by_keys) for record in found.records))
     return tuple(sites)
+
+
+def _scored_with_keys(record: GraphRecord, names: Collection[str]) -> GraphRecord:
+    """A record of what could be, with sites that do not use the branch that they have."""
+    rows = (replace(row, indexer="keys") if row.name in names and row.indexer else row for row in record.sites)
+    return replace(record, sites=tuple(rows))
 
 
 def _result(

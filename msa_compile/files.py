@@ -11,8 +11,9 @@ from torch import nn
 from msa_compile.adapter import check_adapter, insert_adapter, read_adapter, write_adapter
 from msa_compile.api import Model, SparseDoor, require_door, sparsify
 from msa_compile.calibrate.result import SiteCalibration
+from msa_compile.calibrate.shards import check_mesh
 from msa_compile.discover import candidate_inputs
-from msa_compile.errors import ExampleInputsError
+from msa_compile.errors import AdapterError, ExampleInputsError
 from msa_compile.export.export_model import export_model
 from msa_compile.export.plan_call import Request
 from msa_compile.export.records import Cache, ExportResult
@@ -28,9 +29,14 @@ def save(model: nn.Module, folder: str | Path) -> None:
 
     Raises:
         NotSparseError: The model is not sparsified.
-        AdapterError: It has no index branch, or safetensors is not installed.
+        AdapterError: It has no index branch, its heads are split over processes, or safetensors is not installed.
     """
     door = require_door(model)
+    if check_mesh(model):
+        raise AdapterError(
+            "attention heads are split over processes, and each has the index branches of its own groups; an adapter "
+            "of all of them cannot be saved yet: calibrate and save without tensor parallelism"
+        )
     assert isinstance(door, SparseDoor), "there is one kind of door"
     calibration = {name: site.to_dict() for name, site in door.calibration.items()}
     write_adapter(model, door.config, folder, calibrated=door.calibrated, calibration=calibration)

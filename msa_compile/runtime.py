@@ -66,12 +66,7 @@ def _(token: Tensor, name: str, weights: Sequence[Tensor]) -> None:
 
 
 class SiteMarker:
-    """Forward pre-hook that reports a dense call of a site. Picklable, and copied with its module.
-
-    Args:
-        name: Of the site.
-        owner: The module that owns it, where that is not the one that is hooked.
-    """
+    """Forward pre-hook that reports a dense call of a site; ``owner`` where another module is hooked. Picklable."""
 
     def __init__(self, name: str, owner: nn.Module | None = None) -> None:
         self.name = name

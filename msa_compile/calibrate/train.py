@@ -21,7 +21,7 @@ from msa_compile.batches import quiet
 from msa_compile.calibrate.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from msa_compile.calibrate.feed import Call, Enough, Feed
 from msa_compile.calibrate.metrics import MetricSums, SiteMetrics, add_metrics, support_of
-from msa_compile.calibrate.shards import add_over_processes, copy_from_first, is_first
+from msa_compile.calibrate.shards import add_over_processes, copy_from_first, is_alone, is_first
 from msa_compile.calibrate.start import Start, is_untrained
 from msa_compile.config import MSAConfig
 from msa_compile.errors import EmptyDataError, NonFiniteError
@@ -34,6 +34,7 @@ from msa_compile.progress import Progress, progress_bar
 # At most so long ago was a checkpoint written.
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 _WARM_UP, _LEAST_RATE = 0.03, 0.1  # shares of the steps, and of the learning rate
+_MOST_IGNORED = 1000
 _MEASURED = 4  # times after the first
 _BETAS = (0.9, 0.95)
 
@@ -285,6 +286,9 @@ class _Learner:
         self._losses: dict[str, Tensor] = {}
         self._queries: dict[str, Tensor] = {}
         self._saved = time.monotonic()
+        # Calls of one token on a cache that was filled before the last step: no step, but not without end.
+        self._is_ignored = False
+        self._ignored = 0
 
     def begin(self, call: Call) -> bool:
         # A run that goes on has learned from the first calls already.
@@ -298,6 +302,7 @@ class _Learner:
             return
         _check_call(call, self._counted)
         if _misses_keys(call):
+            self._is_ignored = True
             return
         ids = None
         if self._run.task.on_selected:
@@ -317,8 +322,11 @@ class _Learner:
     def end(self) -> None:
         run = self._run
         self._learns = False
+        if self._is_ignored and not self._queries and is_alone():
+            self._ignore()
+            return
         loss = run.step(self._losses, self._queries)
-        self._losses, self._queries = {}, {}
+        self._losses, self._queries, self._ignored, self._is_ignored = {}, {}, 0, False
         self._bar.set_postfix_str(f"KL {loss:.4f}", refresh=False)
         self._bar.update()
         is_over = run.trained.step >= run.task.steps
@@ -328,6 +336,14 @@ class _Learner:
         run.between_steps(is_due)
         if is_over:
             raise Enough
+
+    def _ignore(self) -> None:
+        self._ignored, self._is_ignored = self._ignored + 1, False
+        if self._ignored > _MOST_IGNORED:
+            raise EmptyDataError(
+                f"{self._ignored} calls in a row continued a cache that was filled before the branches last changed, "
+                "which teaches nothing: let the forward_loop call the model with whole texts"
+            )
 
 
 def _check_call(call: SiteCall, counted: Tensor | None) -> None:

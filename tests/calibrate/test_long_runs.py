@@ -36,6 +36,7 @@ def expected() -> dict:
     return plain.calibrated(plain.plain(), plain.batches())
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_while_it_wrote_goes_on_to_the_same_result(tmp_path, expected):
     dying = start("die", tmp_path)
     assert dying.wait(SECONDS) == -signal.SIGKILL

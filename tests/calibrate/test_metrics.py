@@ -145,7 +145,7 @@ def expected_gradients(model, site, ids, rope):
     return loss.item(), torch.autograd.grad(loss, site.indexer.weights())
 
 
-@pytest.mark.parametrize("make", [small, llama])
+@pytest.mark.parametrize("make", [small, pytest.param(llama, marks=pytest.mark.slow)])
 def test_the_gradient_of_a_step_is_that_of_the_loss_run_eagerly(make, monkeypatch):
     model = make()
     with torch.no_grad():
