@@ -16,6 +16,8 @@ ROWS = {
     "score_blocks": ("PACKED_GROUPS", "QUERIES"),
     "attend_tiles": ("HEADS_TILE", "QUERIES"),
     "attend_slots": ("ROWS",),
+    "differentiate_tiles": ("HEADS_TILE", "QUERIES"),
+    "differentiate_blocks": ("SLOTS",),
 }
 # The matrix instruction of tiles that are large enough for it; smaller ones, and older chips, have mma.sync.
 LARGE_PRODUCT = {90: "wgmma", 100: "tcgen05"}
