@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,14 +113,15 @@ def _launches(operands: Operands, ids: Tensor, grad: Tensor, found: list[Tensor]
 
 def _time_dense(operands: Operands, grad: Tensor, time: Stopwatch) -> dict[str, float]:
     """Seconds of the backward of dense attention, by the backends that take the call."""
-    leaves = [tensor.detach().requires_grad_() for tensor in (operands.query, operands.key, operands.value)]
+    query, key, value = (tensor.detach().requires_grad_() for tensor in (operands.query, operands.key, operands.value))
     found = {}
     backends = BACKENDS if time.device.type == "cuda" else {"math": SDPBackend.MATH}
     for name, backend in backends.items():
         try:
             with torch.enable_grad(), sdpa_kernel(backend):
-                output = F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
-            found[name] = time.of(lambda output=output: torch.autograd.grad(output, leaves, grad, retain_graph=True))  # type: ignore[misc]
+                output = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+            call = partial(torch.autograd.grad, output, (query, key, value), grad, retain_graph=True)
+            found[name] = time.of(call)
         except RuntimeError:  # not every backend takes every shape; those that do are compared
             continue
     return found

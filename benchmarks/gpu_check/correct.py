@@ -196,7 +196,7 @@ def _compare_gradients(
     found = ops.differentiate(grad, *operands, **options)
     expected = attention_reference.block_sparse_attention_backward(grad.double(), *exact, **options)
     for name, one, other in zip(Gradients._fields, found, expected, strict=True):
-        if other is None:
+        if one is None or other is None:  # no sinks
             continue
         if bool((one.double()[other == 0] != 0).any()):
             return f"gradient of {name} where there is none"

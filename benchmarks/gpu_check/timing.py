@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,11 +101,7 @@ def measure(wanted: Wanted, device: torch.device, roofline: Roofline, *, block_s
     ids = torch.empty(*operands.index_query.shape[:3], topk, dtype=torch.int32, device=device)
     output = torch.empty_like(operands.query)
     launches = [*selection_launches(operands, ids, block_size), *_attention(operands, ids, output, block_size)]
-
-    def call() -> None:
-        for launch in launches:
-            launch.run()
-
+    call = partial(_run, launches)
     call()
     of_first_row = Operands(*(getattr(operands, name)[:1] for name in Operands.__dataclass_fields__))
     verdict = check_rows(of_first_row, ids[:1], output[:1], block_size=block_size, topk=topk)
@@ -146,14 +143,19 @@ def time_kernels(launches: list[Launch], time: Stopwatch) -> dict[str, float]:
     found = {}
     for name in dict.fromkeys(launch.kernel.__name__ for launch in launches):
         own = [launch for launch in launches if launch.kernel.__name__ == name]
-        found[name] = time.of(lambda own=own: [launch.run() for launch in own])  # type: ignore[misc]
+        found[name] = time.of(partial(_run, own))
     return found
+
+
+def _run(launches: list[Launch]) -> None:
+    for launch in launches:
+        launch.run()
 
 
 def _time_order(operands: Operands, ids: Tensor, block_size: int, order: str, time: Stopwatch) -> float:
     """Time attention alone in one order; what it holds is freed afterwards."""
     launches = _attention(operands, ids, torch.empty_like(operands.query), block_size, order)
-    return time.of(lambda: [launch.run() for launch in launches])
+    return time.of(partial(_run, launches))
 
 
 class Stopwatch:

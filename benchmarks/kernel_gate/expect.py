@@ -16,6 +16,7 @@ ROWS = {
     "score_blocks": ("PACKED_GROUPS", "QUERIES"),
     "attend_tiles": ("HEADS_TILE", "QUERIES"),
     "attend_slots": ("ROWS",),
+    "attend_blocks": ("HEADS_TILE", "QUERIES"),
     "differentiate_tiles": ("HEADS_TILE", "QUERIES"),
     "differentiate_blocks": ("SLOTS",),
 }

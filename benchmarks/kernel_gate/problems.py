@@ -28,6 +28,7 @@ class Problem:
         has_documents: Packed documents, and nothing else.
         has_everything: Sinks, softcap, window, ragged rows, documents and a mask.
         is_backward: The gradients of the attention, and no forward.
+        order: Of many queries, ``"tiles"`` or ``"blocks"``; default as shapes choose.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Problem:
     has_documents: bool = False
     has_everything: bool = False
     is_backward: bool = False
+    order: str | None = None
 
 
 K = 1024
@@ -58,6 +60,11 @@ PROBLEMS = {
         Problem("prefill, one group, documents", (8, 1, 128), 32 * K, 32 * K, has_documents=True),
         Problem("prefill, everything", (64, 8, 64), 32 * K, 32 * K, batch=2, has_everything=True),
         Problem("prefill, float32", (32, 8, 128), 8 * K, 8 * K, torch.float32),
+        Problem("blocks outside, 16 heads a group", (64, 4, 128), 128 * K, 128 * K, order="blocks"),
+        Problem("blocks outside, 1 head a group, D 64", (16, 16, 64), 32 * K, 32 * K, torch.float16, order="blocks"),
+        Problem("blocks outside, 2 heads a group, D 256", (16, 8, 256), 32 * K, 32 * K, order="blocks"),
+        Problem("blocks outside, blocks of 32", (32, 8, 64), 32 * K, 32 * K, block_size=32, topk=32, order="blocks"),
+        Problem("blocks outside, float32", (32, 8, 64), 8 * K, 8 * K, torch.float32, block_size=32, order="blocks"),
         Problem("decode, 16 heads a group", (64, 4, 128), 1, 128 * K),
         Problem("decode, 4 heads a group, own keys", (32, 8, 128), 1, 128 * K, is_shared=False, batch=16),
         Problem("decode, D 256", (16, 8, 256), 1, 32 * K),
@@ -111,17 +118,33 @@ def launches_of(problem: Problem, chip: Chip) -> Iterator[Launch]:
     }
     query, key, value = of_rows(heads, queries), of_rows(groups, keys), of_rows(groups, keys)
     if problem.is_backward:
-        of_keys = torch.empty(2, *key.shape, device="meta")
-        sums = torch.empty(2, *query.shape[:3], device="meta")
-        given = (torch.empty_like(query), query, key, value, block_ids, torch.empty_like(query), *of_keys, *sums)
-        yield from _first_of_each(backward.find_launches(*given, **common, **of_logits))
+        of_keys, of_values = torch.empty(2, *key.shape, device="meta").unbind()
+        log_sums, deltas = torch.empty(2, *query.shape[:3], device="meta").unbind()
+        yield from _first_of_each(
+            backward.find_launches(
+                torch.empty_like(query),
+                query,
+                key,
+                value,
+                block_ids,
+                torch.empty_like(query),
+                of_keys,
+                of_values,
+                log_sums,
+                deltas,
+                **common,
+                **of_logits,
+            )
+        )
         return
     index_key = of_rows(1 if problem.is_shared else groups, keys)
     yield from _first_of_each(
         selection.find_launches(of_rows(groups, queries), index_key, block_ids, local_blocks=1, sink_blocks=0, **common)
     )
     yield from _first_of_each(
-        attention.find_launches(query, key, value, block_ids, torch.empty_like(query), **common, **of_logits)
+        attention.find_launches(
+            query, key, value, block_ids, torch.empty_like(query), order=problem.order, **common, **of_logits
+        )
     )
 
 

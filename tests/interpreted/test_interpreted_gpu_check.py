@@ -74,7 +74,7 @@ def _differentiate_one_less(
     ids=["selection", "attention", "blocks outside", "gradients"],
 )
 def test_wrong_kernels_fail_and_are_not_timed(
-    wrong: correct.Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wrong: correct.Ops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "_ops", lambda is_dry: wrong)
     assert command.main(["--dry-run", "--out", str(tmp_path)]) == 1

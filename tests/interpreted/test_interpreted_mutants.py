@@ -14,6 +14,7 @@ from test_kernel_laws import CASES
 from msa_compile.kernels import block_sparse_attention, select_blocks
 from msa_compile.kernels.block_sparse_attention import triton as attention
 from msa_compile.kernels.block_sparse_attention import (
+    triton_arguments,
     triton_backward,
     triton_blocks,
     triton_key_gradients,
@@ -99,7 +100,7 @@ MUTANTS = {
     ),
     "drops block 0": (
         triton_lists,
-        attention,
+        triton_arguments,
         "list_blocks",
         "(block >= 0)",
         "(block >= 1)",

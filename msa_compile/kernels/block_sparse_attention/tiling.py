@@ -25,15 +25,19 @@ _QUERY_GRADIENTS = (
 )
 # Those of keys and values accumulate two tiles of slots, and load two of rows ahead.
 _KEY_GRADIENTS = (
-    (128, 64, 8, 2),
+    (64, 64, 8, 3),
     (64, 64, 8, 2),
-    (32, 64, 4, 2),
-    (32, 32, 4, 2),
+    (64, 32, 8, 2),
+    (32, 32, 8, 2),
     (16, 32, 4, 1),
 )
 _SINGLE_GRADIENTS = ((16, 16, 4, 2), (16, 16, 4, 1))
 # Blocks outside: a whole block is held, and tiles of rows are loaded ahead.
-_OUTER = ((128, 8, 2), (64, 4, 2), (64, 4, 1), (32, 4, 1), (16, 4, 1))
+_OUTER = ((128, 8, 2), (64, 8, 3), (64, 8, 2), (32, 8, 2), (16, 4, 2))
+# Rows times channels and slots that 8 warps hold as results and logits.
+_HELD = 128 * (64 + 128)
+# Float32 is multiplied in three parts: channels times slots of which the parts fit.
+_HELD_SINGLES = 64 * 32
 # Larger blocks would need too many registers for the logits of a row.
 _OUTER_BLOCK = 128
 # What blocks outside cost, in times of the products that must be done: a result is written and read for each block of a
@@ -179,9 +183,8 @@ def choose_block_tile(chip: Chip, *, heads: int, head_dim: int, item_size: int, 
 
     def fits(tile: tuple[int, int, int]) -> bool:
         rows, _, stages = tile
-        # Results and logits of a row are accumulated; float32 is multiplied in three parts, which take registers.
-        is_narrow = rows * max(channels, slots) <= (128 if item_size == 2 else 32) * 128
-        return heads_tile <= rows and is_narrow and chip.fits((stages * rows + 2 * slots) * channels * item_size)
+        is_held = rows * (channels + slots) <= _HELD and (item_size == 2 or slots * channels <= _HELD_SINGLES)
+        return heads_tile <= rows and is_held and chip.fits((stages * rows + 2 * slots) * channels * item_size)
 
     found = next((tile for tile in _OUTER if slots <= _OUTER_BLOCK and fits(tile)), None)
     if found is None:
