@@ -23,15 +23,15 @@ OPS = Implementation(select_blocks, block_sparse_attention)
 NAMES = (
     "one head a group",
     "documents behind padding",
-    "mask with holes behind padding",
     "everything",
-    "queries before and after the keys",
     *(
         pytest.param(name, marks=pytest.mark.slow)
         for name in (
             "plain 100, three heads a group",
             "more places than blocks",
+            "mask with holes behind padding",
             "ragged right padding",
+            "queries before and after the keys",
             "block of one",
         )
     ),
@@ -54,6 +54,7 @@ def test_poisoned_memory_never_reaches_output_or_gradients() -> None:
     poisoned_memory()
 
 
+@pytest.mark.slow
 def test_a_block_that_everybody_selects_is_cut_into_items() -> None:
     case = make_case(batch=1, groups=1, queries=90, block_size=8, topk=2, choose={"sink_blocks": 1})
     laws.check_gradients_equal_oracle(OPS, case)

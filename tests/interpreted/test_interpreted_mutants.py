@@ -229,7 +229,24 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize(("module", "launcher", "kernel", "said", "mutated", "check"), MUTANTS.values(), ids=MUTANTS)
+# Those of kernels that one mutant already stands for.
+SLOW = (
+    "the second block of a document's query is not marked",
+    "gradients of keys from queries that do not see them",
+    "gradients of keys from both blocks of a document's query",
+    "the first part of a block is dropped",
+    "blocks outside: the token after the last",
+    "blocks outside: the first block is not merged",
+)
+
+
+@pytest.mark.parametrize(
+    ("module", "launcher", "kernel", "said", "mutated", "check"),
+    [
+        pytest.param(*mutant, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, mutant in MUTANTS.items()
+    ],
+)
 def test_mutant_turns_a_law_red(
     module: ModuleType,
     launcher: ModuleType,
