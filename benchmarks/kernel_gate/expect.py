@@ -36,6 +36,7 @@ SPILLS = {
     ("attend_tiles", 89): 72,
     ("attend_tiles", 90): 16,
     ("attend_tiles", 100): 24,
+    ("attend_blocks", 80): 8,
     ("differentiate_tiles", 90): 304,
     ("attend_slots", 86): 8,
     ("attend_slots", 89): 8,

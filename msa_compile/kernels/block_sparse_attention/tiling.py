@@ -34,10 +34,10 @@ _KEY_GRADIENTS = (
 _SINGLE_GRADIENTS = ((16, 16, 4, 2), (16, 16, 4, 1))
 # Blocks outside: a whole block is held, and tiles of rows are loaded ahead.
 _OUTER = ((128, 8, 2), (64, 8, 3), (64, 8, 2), (32, 8, 2), (16, 4, 2))
-# Rows times channels and slots that 8 warps hold as results and logits.
-_HELD = 128 * (64 + 128)
-# Float32 is multiplied in three parts: channels times slots of which the parts fit.
-_HELD_SINGLES = 64 * 32
+# What 8 warps hold of results and queries, and of logits: rows times two channels and a slot.
+_HELD = 128 * (2 * 64 + 128)
+# Float32 is multiplied in three parts: rows, and channels times slots, of which the parts fit.
+_ROWS_OF_SINGLES, _HELD_SINGLES = 32, 64 * 32
 # Larger blocks would need too many registers for the logits of a row.
 _OUTER_BLOCK = 128
 # What blocks outside cost, in times of the products that must be done: a result is written and read for each block of a
@@ -183,7 +183,9 @@ def choose_block_tile(chip: Chip, *, heads: int, head_dim: int, item_size: int, 
 
     def fits(tile: tuple[int, int, int]) -> bool:
         rows, _, stages = tile
-        is_held = rows * (channels + slots) <= _HELD and (item_size == 2 or slots * channels <= _HELD_SINGLES)
+        is_held = rows * (2 * channels + slots) <= _HELD
+        if item_size == 4:
+            is_held = rows <= _ROWS_OF_SINGLES and slots * channels <= _HELD_SINGLES
         return heads_tile <= rows and is_held and chip.fits((stages * rows + 2 * slots) * channels * item_size)
 
     found = next((tile for tile in _OUTER if slots <= _OUTER_BLOCK and fits(tile)), None)
