@@ -37,6 +37,7 @@ SPILLS = {
     ("attend_tiles", 90): 16,
     ("attend_tiles", 100): 24,
     ("attend_blocks", 80): 8,
+    ("attend_blocks", 100): 152,
     ("differentiate_tiles", 90): 304,
     ("attend_slots", 86): 8,
     ("attend_slots", 89): 8,
