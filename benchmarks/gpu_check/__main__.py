@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_check.correct import Pair, run_checks
+from benchmarks.gpu_check.backward import measure_backward
+from benchmarks.gpu_check.correct import Ops, run_checks
 from benchmarks.gpu_check.timing import Wanted, measure
 from benchmarks.gpu_check.write import Findings
 from benchmarks.speed.measure import warm_up
@@ -39,6 +40,7 @@ ROWS = (
     *(Wanted("prefill", _QWEN, length, indexer="keys") for length in (8 * K, 32 * K, 128 * K)),
     *(Wanted("prefill", _PAPER, length, "correlated") for length in (512 * K, 1024 * K)),
     *(Wanted("decode", _QWEN, length, indexer=kind) for length in (32 * K, 128 * K) for kind in ("learned", "keys")),
+    *(Wanted("backward", _PAPER, length, "correlated") for length in (8 * K, 32 * K)),
     Wanted("decode", _PAPER, 512 * K),
     *(Wanted("decode", _PAPER, length, batch=16) for length in (32 * K, 128 * K)),
     *(Wanted("prefill", _PAPER, length) for length in (512 * K, 1024 * K)),
@@ -83,25 +85,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if findings.is_wrong else 0
 
 
-def _ops(is_dry: bool) -> Pair:
+def _ops(is_dry: bool) -> Ops:
     """The public functions; on a CPU they would run other kernels, so a dry run takes what a CUDA device runs."""
     if is_dry:
-        return Pair(selection_cuda.select_blocks, attention_cuda.block_sparse_attention)
-    return Pair(select_blocks, block_sparse_attention)
+        return Ops(selection_cuda.select_blocks, attention_cuda.block_sparse_attention)
+    return Ops(select_blocks, block_sparse_attention)
 
 
 def _time(findings: Findings, device: torch.device, is_dry: bool, left: Callable[[], float]) -> None:
     rows: Sequence[Wanted] = ROWS
     budget = {}
     if is_dry:
-        rows = (Wanted("prefill", (2, 1, 16), 40, "correlated"), Wanted("decode", (2, 1, 16), 40, indexer="keys"))
+        rows = (
+            Wanted("prefill", (2, 1, 16), 40, "correlated"),
+            Wanted("decode", (2, 1, 16), 40, indexer="keys"),
+            Wanted("backward", (2, 1, 16), 40),
+        )
         budget = {"block_size": 8, "topk": 3}
     for wanted in rows:
         if left() < _FOR_A_ROW + (0 if is_dry else _FOR_MODELS):
             findings.add_note(f"left out for want of time: {wanted}")
             continue
         try:
-            row = measure(wanted, device, findings.roofline, **budget)
+            measured = measure_backward if wanted.case == "backward" else measure
+            row = measured(wanted, device, findings.roofline, **budget)
         except torch.OutOfMemoryError:
             findings.add_note(f"left out, the memory is too small: {wanted}")
             continue

@@ -10,16 +10,30 @@ import torch
 from torch import Tensor
 
 from benchmarks.speed.gate import TOLERANCE
+from msa_compile.kernels.block_sparse_attention import cuda as attention_cuda
 from msa_compile.kernels.block_sparse_attention import reference as attention_reference
+from msa_compile.kernels.block_sparse_attention.reference import Gradients
 from msa_compile.kernels.select_blocks import reference as selection_reference
 
 
+def _attend_by_blocks(*tensors: Tensor, **options: Any) -> Tensor:
+    return attention_cuda.block_sparse_attention(*tensors, order="blocks", **options)
+
+
 @dataclass(frozen=True)
-class Pair:
-    """The two functions under test: those of the package, or what runs behind them on a CUDA device."""
+class Ops:
+    """The functions under test: those of the package, or what runs behind them on a CUDA device.
+
+    Attributes:
+        select, attend: The two ops; many queries go by tiles or by blocks, as shapes say.
+        attend_by_blocks: The same with blocks outside, wherever that order can run.
+        differentiate: The backward of ``attend``; it is given the gradient of the output first.
+    """
 
     select: Callable[..., Tensor]
     attend: Callable[..., Tensor]
+    attend_by_blocks: Callable[..., Tensor] = _attend_by_blocks
+    differentiate: Callable[..., Gradients] = attention_cuda.block_sparse_attention_backward
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,7 @@ class Check:
         block_size, topk: Keys in a block, blocks a query.
         is_shared: One index key for all groups.
         has: Names of what bounds the slots, and of ``sinks``, ``softcap`` and ``window``.
+        is_whole: The other order and the gradients too; not everywhere, for each is some kernels more to compile.
     """
 
     name: str
@@ -45,36 +60,40 @@ class Check:
     topk: int = 4
     is_shared: bool = True
     has: frozenset[str] = field(default_factory=frozenset)
+    is_whole: bool = False
 
 
 _BOUNDS = frozenset({"query_start", "key_start", "key_end", "document_start", "mask"})
 _LOGITS = frozenset({"sinks", "softcap", "window"})
 
+_WHOLE = ("prefill", torch.bfloat16)
+
 CHECKS = (
     *(
-        Check(f"{kind}, {dtype}, {heads}", heads, queries, 1031, dtype)
+        Check(f"{kind}, {dtype}, {heads}", heads, queries, 1031, dtype, is_whole=(kind, dtype) == _WHOLE)
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
         for heads in ((64, 4, 128), (32, 8, 128))
         for kind, queries in (("prefill", 1031), ("decode", 1))
     ),
-    Check("1 head a group, D 64", (4, 4, 64), 700, 700, is_shared=False),
-    Check("2 heads a group, D 256", (4, 2, 256), 700, 700),
+    Check("1 head a group, D 64", (4, 4, 64), 700, 700, is_shared=False, is_whole=True),
+    Check("2 heads a group, D 256", (4, 2, 256), 700, 700, is_whole=True),
     Check("5 heads a group, D 96, blocks of 64", (10, 2, 96), 700, 700, block_size=64),
-    Check("8 heads a group, blocks of 32", (16, 2, 64), 700, 700, block_size=32, topk=8),
+    Check("8 heads a group, blocks of 32", (16, 2, 64), 700, 700, block_size=32, topk=8, is_whole=True),
     Check("blocks of 100", (8, 2, 64), 700, 700, block_size=100),
     Check("three new tokens", (32, 8, 128), 3, 1031, is_shared=False),
     Check("sixteen new tokens", (32, 8, 128), 16, 1031),
+    Check("float32, gradients", (8, 2, 64), 300, 500, torch.float32, block_size=32, is_whole=True),
     Check("a chunk of a prompt", (32, 8, 128), 300, 1031),
-    Check("logits", (16, 2, 128), 500, 500, has=_LOGITS),
-    Check("ragged rows", (16, 2, 128), 500, 500, has=frozenset({"key_start", "key_end"})),
-    Check("documents", (16, 2, 128), 500, 500, has=frozenset({"document_start"})),
+    Check("logits", (16, 2, 128), 500, 500, has=_LOGITS, is_whole=True),
+    Check("ragged rows", (16, 2, 128), 500, 500, has=frozenset({"key_start", "key_end"}), is_whole=True),
+    Check("documents", (16, 2, 128), 500, 500, has=frozenset({"document_start"}), is_whole=True),
     Check("mask", (16, 2, 128), 500, 500, has=frozenset({"mask"})),
-    Check("everything", (16, 2, 64), 300, 700, has=_BOUNDS | _LOGITS, block_size=64),
+    Check("everything", (16, 2, 64), 300, 700, has=_BOUNDS | _LOGITS, block_size=64, is_whole=True),
     Check("everything, few queries", (16, 2, 64), 3, 700, has=_BOUNDS | _LOGITS, block_size=64),
 )
 
 
-def run_checks(ops: Pair, device: torch.device, *, shrink: int = 1) -> Iterator[tuple[str, str]]:
+def run_checks(ops: Ops, device: torch.device, *, shrink: int = 1) -> Iterator[tuple[str, str]]:
     """Give the name of each check and what is wrong, the empty text if nothing is; lengths are divided by `shrink`."""
     for check in CHECKS:
         yield check.name, _run(ops, check, device, shrink)
@@ -139,7 +158,7 @@ def _make(check: Check, device: torch.device, shrink: int) -> _Inputs:
     )
 
 
-def _run(ops: Pair, check: Check, device: torch.device, shrink: int) -> str:
+def _run(ops: Ops, check: Check, device: torch.device, shrink: int) -> str:
     inputs = _make(check, device, shrink)
     size, tensors = inputs.choose["block_size"], inputs.tensors
     ids, output = _both(ops, inputs)
@@ -149,19 +168,52 @@ def _run(ops: Pair, check: Check, device: torch.device, shrink: int) -> str:
     )
     if not torch.equal(ids, expected_ids):
         return f"{int((ids != expected_ids).any(-1).sum())} of {ids[..., 0].numel()} queries have other blocks"
-    expected = attention_reference.block_sparse_attention(
-        doubles["query"], doubles["key"], doubles["value"], ids, block_size=size, **inputs.attend, **inputs.bounds
-    )
+    operands = (tensors["query"], tensors["key"], tensors["value"], ids)
+    options = {"block_size": size, **inputs.attend, **inputs.bounds}
+    exact = (doubles["query"], doubles["key"], doubles["value"], ids)
+    expected = attention_reference.block_sparse_attention(*exact, **options)
+    said = _compare(output, expected, TOLERANCE[check.dtype])
+    if said or not check.is_whole:
+        return said
+    said = _compare(ops.attend_by_blocks(*operands, **options), expected, TOLERANCE[check.dtype])
+    if said:
+        return f"with blocks outside: {said}"
+    return _compare_gradients(ops, operands, exact, options, TOLERANCE[check.dtype])
+
+
+def _compare(output: Tensor, expected: Tensor, tolerance: float) -> str:
     size_of_rows = expected.norm(dim=-1)
     error = (output.double() - expected).norm(dim=-1)
     if bool((error[size_of_rows == 0] != 0).any()):
         return "a query that sees nothing does not give zeros"
     worst = float((error / size_of_rows.clamp(min=1e-30)).max())
     # Not "worst > tolerance": a NaN is wrong too.
-    return "" if worst <= TOLERANCE[check.dtype] else f"relative error {worst:.1e} above {TOLERANCE[check.dtype]:.0e}"
+    return "" if worst <= tolerance else f"relative error {worst:.1e} above {tolerance:.0e}"
 
 
-def _both(ops: Pair, inputs: _Inputs) -> tuple[Tensor, Tensor]:
+def _compare_gradients(
+    ops: Ops,
+    operands: tuple[Tensor, ...],
+    exact: tuple[Tensor, ...],
+    options: dict[str, Any],
+    tolerance: float,
+) -> str:
+    """Compare each gradient as a whole, as its rows are sums of many sizes; what no query sees has to get 0."""
+    grad = torch.randn(operands[0].shape, generator=torch.Generator().manual_seed(1)).to(operands[0])
+    found = ops.differentiate(grad, *operands, **options)
+    expected = attention_reference.block_sparse_attention_backward(grad.double(), *exact, **options)
+    for name, one, other in zip(Gradients._fields, found, expected, strict=True):
+        if one is None or other is None:  # no sinks
+            continue
+        if not bool((one.double()[other == 0].abs() <= tolerance).all()):
+            return f"gradient of {name} where there is none"
+        error = float((one.double() - other).norm() / other.norm())
+        if not error <= tolerance:
+            return f"gradient of {name}: relative error {error:.1e} above {tolerance:.0e}"
+    return ""
+
+
+def _both(ops: Ops, inputs: _Inputs) -> tuple[Tensor, Tensor]:
     tensors = inputs.tensors
     ids = ops.select(tensors["index_query"], tensors["index_key"], **inputs.choose, **inputs.bounds)
     output = ops.attend(
@@ -176,7 +228,7 @@ def _both(ops: Pair, inputs: _Inputs) -> tuple[Tensor, Tensor]:
     return ids, output
 
 
-def _check_poison(ops: Pair, device: torch.device) -> str:
+def _check_poison(ops: Ops, device: torch.device) -> str:
     """A value that is not finite reaches those who see it and nobody else, though they share a tile."""
     inputs = _make(Check("poison", (4, 1, 64), 40, 40, block_size=8, topk=2), device, 1)
     _, before = _both(ops, inputs)
@@ -188,10 +240,20 @@ def _check_poison(ops: Pair, device: torch.device) -> str:
     return "" if bool(after[:, :, 20:].isnan().all()) else "NaN in a token does not reach it"
 
 
-def _check_bits(ops: Pair, device: torch.device, shrink: int) -> str:
-    inputs = _make(Check("bits", (8, 1, 128), 1031, 1031), device, shrink)
-    first, second = _both(ops, inputs), _both(ops, inputs)
+def _check_bits(ops: Ops, device: torch.device, shrink: int) -> str:
+    inputs = _make(Check("bits", (8, 1, 128), 500, 500), device, shrink)
+    first, second = _all_of(ops, inputs), _all_of(ops, inputs)
     return "" if all(map(torch.equal, first, second)) else "two runs differ"
+
+
+def _all_of(ops: Ops, inputs: _Inputs) -> list[Tensor]:
+    """What is selected, what comes out in either order, and the gradients."""
+    ids, output = _both(ops, inputs)
+    operands = (inputs.tensors["query"], inputs.tensors["key"], inputs.tensors["value"], ids)
+    options = {"block_size": inputs.choose["block_size"], **inputs.attend, **inputs.bounds}
+    gradients = ops.differentiate(output, *operands, **options)
+    by_blocks = ops.attend_by_blocks(*operands, **options)
+    return [ids, output, by_blocks, *(one for one in gradients if one is not None)]
 
 
 def _few_and_many(device: torch.device) -> list[_Inputs]:
@@ -201,14 +263,14 @@ def _few_and_many(device: torch.device) -> list[_Inputs]:
     ]
 
 
-def _check_no_wait(ops: Pair, device: torch.device) -> str:
+def _check_no_wait(ops: Ops, device: torch.device) -> str:
     several = _few_and_many(device)
     for inputs in several:  # compiled before, which may wait
-        _both(ops, inputs)
+        _all_of(ops, inputs)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for inputs in several:
-            _both(ops, inputs)
+            _all_of(ops, inputs)
     except RuntimeError as error:
         return str(error).splitlines()[0]
     finally:
@@ -216,17 +278,17 @@ def _check_no_wait(ops: Pair, device: torch.device) -> str:
     return ""
 
 
-def _check_graph(ops: Pair, device: torch.device) -> str:
+def _check_graph(ops: Ops, device: torch.device) -> str:
     for inputs in _few_and_many(device):
-        _both(ops, inputs)
+        _all_of(ops, inputs)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = _both(ops, inputs)
+            captured = _all_of(ops, inputs)
         # Other numbers at the same places: what is replayed has to read them.
         for name, tensor in inputs.tensors.items():
             tensor.copy_(tensor.flip(-1) if name.startswith("index") else -tensor)
         graph.replay()
-        if not all(map(torch.equal, captured, _both(ops, inputs))):
+        if not all(map(torch.equal, captured, _all_of(ops, inputs))):
             return f"a replay with {inputs.tensors['query'].shape[2]} queries differs from a call"
     return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from msa_compile.kernels.stopwatch import seconds_of
 _ALIKE, _OWN = 256, 0.3
 # Queries of which the dense time of a long prompt is measured, and the prompt from which on it is.
 _SAMPLED, _LONGEST_DENSE = 8192, 160 * 1024
-_BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+_ORDERS = ("tiles", "blocks")
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 # Larger than the L2 cache of any chip that we know.
 _FLUSHED = 256 << 20
 
@@ -36,7 +38,7 @@ class Row:
     """One measured call, selection included.
 
     Attributes:
-        case: ``"prefill"`` or ``"decode"``.
+        case: ``"prefill"``, ``"decode"`` or ``"backward"``.
         heads: ``"Hq,Hkv,D"``.
         length, batch: Tokens of the key cache, rows.
         selection: ``"random"`` or ``"correlated"``.
@@ -45,6 +47,7 @@ class Row:
         blocks_a_tile: Mean number of different blocks of a tile of queries; ``None`` in decode.
         queries_a_tile: How many queries that is of.
         kernels: Seconds of each kernel, of all its launches.
+        orders: Seconds of attention with tiles and with blocks outside, whichever the shape chooses; prefill only.
         seconds: Of the whole call; ``graph_seconds`` of the same as a CUDA graph.
         dense: Seconds of dense attention by backend, as called or as a graph, as the sparse call.
         is_dense_sampled: Whether that was scaled up from some of the queries.
@@ -63,6 +66,7 @@ class Row:
     blocks_a_tile: float | None
     queries_a_tile: int
     kernels: Mapping[str, float]
+    orders: Mapping[str, float]
     seconds: float
     graph_seconds: float | None
     dense: Mapping[str, float]
@@ -93,24 +97,18 @@ def measure(wanted: Wanted, device: torch.device, roofline: Roofline, *, block_s
     """Measure one row; the gate compares blocks and outputs of sampled queries with float64 at this very length."""
     is_decode = wanted.case == "decode"
     setting = Setting(*wanted.heads, "bf16", device, 1, block_size, topk)
-    operands = _make(wanted, setting, 1 if is_decode else wanted.length)
+    operands = make_operands(wanted, setting, 1 if is_decode else wanted.length)
     ids = torch.empty(*operands.index_query.shape[:3], topk, dtype=torch.int32, device=device)
     output = torch.empty_like(operands.query)
-    launches = _launches(operands, ids, output, block_size)
-
-    def call() -> None:
-        for launch in launches:
-            launch.run()
-
+    launches = [*selection_launches(operands, ids, block_size), *_attention(operands, ids, output, block_size)]
+    call = partial(_run, launches)
     call()
     of_first_row = Operands(*(getattr(operands, name)[:1] for name in Operands.__dataclass_fields__))
     verdict = check_rows(of_first_row, ids[:1], output[:1], block_size=block_size, topk=topk)
     blocks_a_tile, queries_a_tile = _union(launches)
     time = Stopwatch(device)
-    kernels = {}
-    for name in dict.fromkeys(launch.kernel.__name__ for launch in launches):
-        own = [launch for launch in launches if launch.kernel.__name__ == name]
-        kernels[name] = time.of(lambda own=own: [launch.run() for launch in own])  # type: ignore[misc]
+    kernels = time_kernels(launches, time)
+    orders = {} if is_decode else {order: _time_order(operands, ids, block_size, order, time) for order in _ORDERS}
     seconds = time.of(call)
     as_graph = time.of_graph(call) if is_decode else None
     is_sampled = not is_decode and wanted.length > _LONGEST_DENSE
@@ -128,6 +126,7 @@ def measure(wanted: Wanted, device: torch.device, roofline: Roofline, *, block_s
         blocks_a_tile=blocks_a_tile,
         queries_a_tile=queries_a_tile,
         kernels=kernels,
+        orders=orders,
         seconds=seconds,
         graph_seconds=as_graph,
         dense=dense,
@@ -137,6 +136,26 @@ def measure(wanted: Wanted, device: torch.device, roofline: Roofline, *, block_s
         flops_per_second=work.flops / taken,
         bytes_per_second=work.bytes / taken,
     )
+
+
+def time_kernels(launches: list[Launch], time: Stopwatch) -> dict[str, float]:
+    """Time the launches of each kernel, in the order in which kernels first appear."""
+    found = {}
+    for name in dict.fromkeys(launch.kernel.__name__ for launch in launches):
+        own = [launch for launch in launches if launch.kernel.__name__ == name]
+        found[name] = time.of(partial(_run, own))
+    return found
+
+
+def _run(launches: list[Launch]) -> None:
+    for launch in launches:
+        launch.run()
+
+
+def _time_order(operands: Operands, ids: Tensor, block_size: int, order: str, time: Stopwatch) -> float:
+    """Time attention alone in one order; what it holds is freed afterwards."""
+    launches = _attention(operands, ids, torch.empty_like(operands.query), block_size, order)
+    return time.of(partial(_run, launches))
 
 
 class Stopwatch:
@@ -169,7 +188,8 @@ class Stopwatch:
         return self.of(graph.replay)
 
 
-def _make(wanted: Wanted, setting: Setting, queries: int) -> Operands:
+def make_operands(wanted: Wanted, setting: Setting, queries: int) -> Operands:
+    """Make the tensors of a row, random or with neighbours that are alike."""
     heads, groups, dim = wanted.heads
     generator = torch.Generator(setting.device).manual_seed(0)
 
@@ -186,26 +206,25 @@ def _make(wanted: Wanted, setting: Setting, queries: int) -> Operands:
     return Operands(query, key, value, index_query, index_key)
 
 
-def _launches(operands: Operands, ids: Tensor, output: Tensor, block_size: int) -> list[Launch]:
+def bare_options(block_size: int, device: torch.device) -> dict[str, Any]:
+    """Return the options that both families of launches take: a causal prompt and nothing else."""
     bounds: dict[str, Any] = dict.fromkeys(("query_start", "key_start", "key_end", "document_start", "mask"))
-    common = {**bounds, "block_size": block_size, "is_causal": True, "chip": chip_of(ids.device)}
-    return [
-        *selection.find_launches(
-            operands.index_query, operands.index_key, ids, local_blocks=1, sink_blocks=0, **common
-        ),
-        *attention.find_launches(
-            operands.query,
-            operands.key,
-            operands.value,
-            ids,
-            output,
-            scale=None,
-            softcap=None,
-            sinks=None,
-            window=None,
-            **common,
-        ),
-    ]
+    return {**bounds, "block_size": block_size, "is_causal": True, "chip": chip_of(device)}
+
+
+def selection_launches(operands: Operands, ids: Tensor, block_size: int) -> list[Launch]:
+    """Return the launches that write ``ids``."""
+    queries, keys = operands.index_query, operands.index_key
+    common = bare_options(block_size, ids.device)
+    return list(selection.find_launches(queries, keys, ids, local_blocks=1, sink_blocks=0, **common))
+
+
+def _attention(
+    operands: Operands, ids: Tensor, output: Tensor, block_size: int, order: str | None = None
+) -> list[Launch]:
+    of_logits: dict[str, Any] = dict.fromkeys(("scale", "softcap", "sinks", "window"))
+    common = {**of_logits, **bare_options(block_size, ids.device), "order": order}
+    return list(attention.find_launches(operands.query, operands.key, operands.value, ids, output, **common))
 
 
 def _union(launches: list[Launch]) -> tuple[float | None, int]:
@@ -230,7 +249,7 @@ def _time_dense(operands: Operands, time: Stopwatch, *, is_decode: bool, is_samp
         # The heads of a group as queries of one head, which is faster where a backend would repeat keys.
         query = query.view(query.shape[0], key.shape[1], -1, query.shape[3])
     found = {}
-    backends = _BACKENDS if time.device.type == "cuda" else {"math": SDPBackend.MATH}
+    backends = BACKENDS if time.device.type == "cuda" else {"math": SDPBackend.MATH}
     for name, backend in backends.items():
 
         def dense(backend: SDPBackend = backend) -> Tensor:

@@ -109,10 +109,11 @@ class Findings:
             "",
             "Times are medians in milliseconds, with a cold L2 cache, selection included; decode as a CUDA graph, in",
             "brackets as a call. *dense* is the faster of PyTorch's flash and cuDNN attention; `~` was scaled up from",
-            "8,192 queries. *blocks* is the mean number of different blocks of a tile of queries. *roof* is the least",
-            "time that the rates above allow, as a share of the time taken.",
+            "8,192 queries. *blocks* is the mean number of different blocks of a tile of queries, *orders* what",
+            "attention takes by tiles and with blocks outside. *roof* is the least time that the rates above allow, as",
+            "a share of the time taken. The backward rows are the gradients alone, given the blocks.",
         ]
-        for case in ("prefill", "decode"):
+        for case in ("prefill", "decode", "backward"):
             lines += ["", f"## {case}", "", *self._table(case)]
         lines += ["", "## Whole models", ""]
         lines += [line for model in self.models for line in (*model["markdown"], "")] or ["Not run.", ""]
@@ -124,15 +125,16 @@ class Findings:
         if not rows:
             return ["Not run."]
         lines = [
-            "| heads | batch | length | indexer | selection | blocks | kernels | sparse | dense | speed-up | roof "
-            "| TFLOP/s | GB/s | gate |",
-            "|" + "---|" * 14,
+            "| heads | batch | length | indexer | selection | blocks | kernels | orders | sparse | dense | speed-up "
+            "| roof | TFLOP/s | GB/s | gate |",
+            "|" + "---|" * 15,
         ]
         return lines + [_cells(row) for row in rows]
 
 
 def _cells(row: Row) -> str:
     kernels = ", ".join(f"{name} {seconds * 1e3:.3f}" for name, seconds in row.kernels.items())
+    orders = ", ".join(f"{name} {seconds * 1e3:.3f}" for name, seconds in row.orders.items()) or "-"
     called = f"{row.seconds * 1e3:.3f}"
     sparse = called if row.graph_seconds is None else f"{row.graph_seconds * 1e3:.3f} ({called})"
     fastest = min(row.dense, key=lambda name: row.dense[name], default=None)
@@ -147,6 +149,7 @@ def _cells(row: Row) -> str:
         row.selection,
         blocks,
         kernels,
+        orders,
         sparse,
         dense,
         speed_up,

@@ -16,6 +16,9 @@ ROWS = {
     "score_blocks": ("PACKED_GROUPS", "QUERIES"),
     "attend_tiles": ("HEADS_TILE", "QUERIES"),
     "attend_slots": ("ROWS",),
+    "attend_blocks": ("HEADS_TILE", "QUERIES"),
+    "differentiate_tiles": ("HEADS_TILE", "QUERIES"),
+    "differentiate_blocks": ("SLOTS",),
 }
 # The matrix instruction of tiles that are large enough for it; smaller ones, and older chips, have mma.sync.
 LARGE_PRODUCT = {90: "wgmma", 100: "tcgen05"}
@@ -33,6 +36,9 @@ SPILLS = {
     ("attend_tiles", 89): 72,
     ("attend_tiles", 90): 16,
     ("attend_tiles", 100): 24,
+    ("attend_blocks", 80): 8,
+    ("attend_blocks", 100): 152,
+    ("differentiate_tiles", 90): 304,
     ("attend_slots", 86): 8,
     ("attend_slots", 89): 8,
 }

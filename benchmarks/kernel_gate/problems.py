@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class Problem:
         batch: Rows.
         has_documents: Packed documents, and nothing else.
         has_everything: Sinks, softcap, window, ragged rows, documents and a mask.
+        is_backward: The gradients of the attention, and no forward.
+        order: Of many queries, ``"tiles"`` or ``"blocks"``; default as shapes choose.
     """
 
     name: str
@@ -39,6 +42,8 @@ class Problem:
     batch: int = 1
     has_documents: bool = False
     has_everything: bool = False
+    is_backward: bool = False
+    order: str | None = None
 
 
 K = 1024
@@ -55,12 +60,24 @@ PROBLEMS = {
         Problem("prefill, one group, documents", (8, 1, 128), 32 * K, 32 * K, has_documents=True),
         Problem("prefill, everything", (64, 8, 64), 32 * K, 32 * K, batch=2, has_everything=True),
         Problem("prefill, float32", (32, 8, 128), 8 * K, 8 * K, torch.float32),
+        Problem("blocks outside, 16 heads a group", (64, 4, 128), 128 * K, 128 * K, order="blocks"),
+        Problem("blocks outside, 1 head a group, D 64", (16, 16, 64), 32 * K, 32 * K, torch.float16, order="blocks"),
+        Problem("blocks outside, 2 heads a group, D 256", (16, 8, 256), 32 * K, 32 * K, order="blocks"),
+        Problem("blocks outside, blocks of 32", (32, 8, 64), 32 * K, 32 * K, block_size=32, topk=32, order="blocks"),
+        Problem("blocks outside, float32", (32, 8, 64), 8 * K, 8 * K, torch.float32, block_size=32, order="blocks"),
         Problem("decode, 16 heads a group", (64, 4, 128), 1, 128 * K),
         Problem("decode, 4 heads a group, own keys", (32, 8, 128), 1, 128 * K, is_shared=False, batch=16),
         Problem("decode, D 256", (16, 8, 256), 1, 32 * K),
         Problem("decode, one group, documents", (8, 1, 128), 1, 32 * K, has_documents=True),
         Problem("decode, everything", (64, 8, 64), 4, 32 * K, batch=2, has_everything=True),
         Problem("decode, float32", (32, 8, 128), 1, 8 * K, torch.float32),
+        Problem("backward, 16 heads a group", (64, 4, 128), 128 * K, 128 * K, is_backward=True),
+        Problem("backward, 4 heads a group", (32, 8, 128), 32 * K, 32 * K, is_backward=True),
+        Problem("backward, 1 head a group, D 64", (16, 16, 64), 32 * K, 32 * K, torch.float16, is_backward=True),
+        Problem("backward, 2 heads a group, D 256", (16, 8, 256), 32 * K, 32 * K, is_backward=True),
+        Problem("backward, blocks of 32", (32, 8, 64), 32 * K, 32 * K, block_size=32, topk=32, is_backward=True),
+        Problem("backward, everything", (64, 8, 64), 8 * K, 8 * K, batch=2, has_everything=True, is_backward=True),
+        Problem("backward, float32", (32, 8, 128), 8 * K, 8 * K, torch.float32, is_backward=True),
     )
 }
 
@@ -68,6 +85,7 @@ PROBLEMS = {
 def launches_of(problem: Problem, chip: Chip) -> Iterator[Launch]:
     """Give the first launch of each kernel that the problem runs on a chip; tensors have no memory."""
     from msa_compile.kernels.block_sparse_attention import triton as attention
+    from msa_compile.kernels.block_sparse_attention import triton_backward as backward
     from msa_compile.kernels.select_blocks import triton as selection
 
     heads, groups, dim = problem.heads
@@ -82,51 +100,58 @@ def launches_of(problem: Problem, chip: Chip) -> Iterator[Launch]:
 
     mask = torch.empty(batch, 1, queries, keys, dtype=torch.bool, device="meta") if problem.has_everything else None
     block_ids = torch.empty(batch, groups, queries, problem.topk, dtype=torch.int32, device="meta")
+    common: dict[str, Any] = {
+        "block_size": problem.block_size,
+        "query_start": slots(batch),
+        "key_start": slots(batch),
+        "key_end": slots(batch),
+        "document_start": slots(batch, queries),
+        "mask": mask,
+        "is_causal": True,
+        "chip": chip,
+    }
+    of_logits: dict[str, Any] = {
+        "scale": None,
+        "softcap": 50.0 if problem.has_everything else None,
+        "sinks": torch.empty(heads, device="meta") if problem.has_everything else None,
+        "window": 4096 if problem.has_everything else None,
+    }
+    query, key, value = of_rows(heads, queries), of_rows(groups, keys), of_rows(groups, keys)
+    if problem.is_backward:
+        of_keys, of_values = torch.empty(2, *key.shape, device="meta").unbind()
+        log_sums, deltas = torch.empty(2, *query.shape[:3], device="meta").unbind()
+        yield from _first_of_each(
+            backward.find_launches(
+                torch.empty_like(query),
+                query,
+                key,
+                value,
+                block_ids,
+                torch.empty_like(query),
+                of_keys,
+                of_values,
+                log_sums,
+                deltas,
+                **common,
+                **of_logits,
+            )
+        )
+        return
+    index_key = of_rows(1 if problem.is_shared else groups, keys)
     yield from _first_of_each(
-        selection.find_launches(
-            of_rows(groups, queries),
-            of_rows(1 if problem.is_shared else groups, keys),
-            block_ids,
-            block_size=problem.block_size,
-            local_blocks=1,
-            sink_blocks=0,
-            query_start=slots(batch),
-            key_start=slots(batch),
-            key_end=slots(batch),
-            document_start=slots(batch, queries),
-            mask=mask,
-            is_causal=True,
-            chip=chip,
-        ),
+        selection.find_launches(of_rows(groups, queries), index_key, block_ids, local_blocks=1, sink_blocks=0, **common)
     )
     yield from _first_of_each(
         attention.find_launches(
-            of_rows(heads, queries),
-            of_rows(groups, keys),
-            of_rows(groups, keys),
-            block_ids,
-            of_rows(heads, queries),
-            block_size=problem.block_size,
-            scale=None,
-            softcap=50.0 if problem.has_everything else None,
-            sinks=torch.empty(heads, device="meta") if problem.has_everything else None,
-            window=4096 if problem.has_everything else None,
-            query_start=slots(batch),
-            key_start=slots(batch),
-            key_end=slots(batch),
-            document_start=slots(batch, queries),
-            mask=mask,
-            is_causal=True,
-            chip=chip,
-        ),
+            query, key, value, block_ids, torch.empty_like(query), order=problem.order, **common, **of_logits
+        )
     )
 
 
 def _first_of_each(launches: Iterator[Launch]) -> Iterator[Launch]:
-    """Two kernels a family take turns over chunks of queries; the first of each stands for all."""
+    """Kernels take turns over chunks of queries; the first launch of each stands for all."""
     seen = set()
     for launch in launches:
-        if launch.kernel in seen:
-            return
-        seen.add(launch.kernel)
-        yield launch
+        if launch.kernel not in seen:
+            seen.add(launch.kernel)
+            yield launch

@@ -32,16 +32,34 @@ def _judge(launch: Launch) -> str:
     return "; ".join(judge(launch, compile_launch(launch, chip), chip))
 
 
+SELECTION = {"score_blocks", "choose_blocks"}
+TURNED = {"mark_queries", "count_queries", "place_queries", "list_queries"}
+KERNELS = {
+    "prefill": SELECTION | {"list_blocks", "attend_tiles"},
+    "decode": SELECTION | {"attend_slots", "merge_slots"},
+    "blocks outside": SELECTION | TURNED | {"attend_blocks", "merge_places"},
+    "backward": TURNED | {"list_blocks", "differentiate_tiles", "differentiate_blocks", "add_parts"},
+}
+
+
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("problem", [PREFILL, "decode, 16 heads a group", "prefill, everything"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        PREFILL,
+        "decode, 16 heads a group",
+        "prefill, everything",
+        pytest.param("blocks outside, 16 heads a group", marks=pytest.mark.slow),
+        pytest.param("backward, 16 heads a group", marks=pytest.mark.slow),
+    ],
+)
 def test_kernels_compile_as_expected(problem: str, capability: int) -> None:
     chip = CHIPS[capability]
     names = set()
     for launch in launches_of(PROBLEMS[problem], chip):
         names.add(launch.kernel.__name__)
         assert judge(launch, compile_launch(launch, chip), chip) == [], launch.kernel.__name__
-    attention = {"attend_slots", "merge_slots"} if problem.startswith("decode") else {"list_blocks", "attend_tiles"}
-    assert names == {"score_blocks", "choose_blocks", *attention}
+    assert names == KERNELS[problem.split(",")[0]]
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)

@@ -27,10 +27,13 @@ def test_a_dry_run_checks_times_and_writes_everything(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "gpu_check.json").read_text())
     assert len(kept["checks"]) == len(FEW) + 2
     assert not any(kept["checks"].values())
-    assert [row["case"] for row in kept["rows"]] == ["prefill", "decode"]
+    assert [row["case"] for row in kept["rows"]] == ["prefill", "decode", "backward"]
     assert all(row["gate"].startswith("green") for row in kept["rows"])
     kernels = {name for row in kept["rows"] for name in row["kernels"]}
-    assert kernels == {"score_blocks", "choose_blocks", "list_blocks", "attend_tiles", "attend_slots", "merge_slots"}
+    forward = {"score_blocks", "choose_blocks", "list_blocks", "attend_tiles", "attend_slots", "merge_slots"}
+    turned = {"mark_queries", "count_queries", "place_queries", "list_queries"}
+    assert kernels == forward | turned | {"differentiate_tiles", "differentiate_blocks", "add_parts"}
+    assert set(kept["rows"][0]["orders"]) == {"tiles", "blocks"}
     assert 1 <= kept["rows"][0]["blocks_a_tile"] <= 5
     text = (tmp_path / "gpu_check.md").read_text()
     assert "4 of 4 checks right" in text
@@ -52,18 +55,30 @@ def _attend_one_less(query: Tensor, key: Tensor, value: Tensor, ids: Tensor, **o
     return attention_cuda.block_sparse_attention(query, key, value, _one_less(ids), **options)
 
 
+def _differentiate_one_less(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, ids: Tensor, **options: Any
+) -> Any:
+    return attention_cuda.block_sparse_attention_backward(grad, query, key, value, _one_less(ids), **options)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
-        correct.Pair(_select_one_less, attention_cuda.block_sparse_attention),
-        correct.Pair(selection_cuda.select_blocks, _attend_one_less),
+        correct.Ops(_select_one_less, attention_cuda.block_sparse_attention),
+        correct.Ops(selection_cuda.select_blocks, _attend_one_less),
+        correct.Ops(selection_cuda.select_blocks, attention_cuda.block_sparse_attention, _attend_one_less),
+        correct.Ops(
+            selection_cuda.select_blocks, attention_cuda.block_sparse_attention, differentiate=_differentiate_one_less
+        ),
     ],
-    ids=["selection", "attention"],
+    ids=["selection", "attention", "blocks outside", "gradients"],
 )
 def test_wrong_kernels_fail_and_are_not_timed(
-    wrong: correct.Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wrong: correct.Ops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "_ops", lambda is_dry: wrong)
+    monkeypatch.setattr(correct, "CHECKS", FEW[:1])
+    monkeypatch.setattr(correct, "_check_bits", lambda *rest: "")
     assert command.main(["--dry-run", "--out", str(tmp_path)]) == 1
     kept = json.loads((tmp_path / "gpu_check.json").read_text())
     assert kept["checks"][FEW[0].name]
@@ -73,21 +88,22 @@ def test_wrong_kernels_fail_and_are_not_timed(
 
 def test_what_there_is_no_time_for_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(correct, "CHECKS", ())
+    monkeypatch.setattr(correct, "_check_bits", lambda *rest: "")
     assert command.main(["--dry-run", "--budget", "1", "--out", str(tmp_path)]) == 0
     notes = json.loads((tmp_path / "gpu_check.json").read_text())["notes"]
-    assert sum(note.startswith("left out for want of time") for note in notes) == 3
+    assert sum(note.startswith("left out for want of time") for note in notes) == 4
 
 
 def test_a_row_that_is_wrong_has_no_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.gpu_check import timing
 
-    original = timing._launches
+    original = timing._attention
 
     def without_attention(*arguments: Any) -> Any:
         arguments[2].zero_()
         return [launch for launch in original(*arguments) if not launch.kernel.__name__.startswith("attend")]
 
-    monkeypatch.setattr(timing, "_launches", without_attention)
+    monkeypatch.setattr(timing, "_attention", without_attention)
     wanted = replace(command.ROWS[0], heads=(2, 1, 16), length=40)
     roofline = timing.Roofline(1e12, 1e12)
     row = timing.measure(wanted, timing.torch.device("cpu"), roofline, block_size=16, topk=2)

@@ -11,6 +11,7 @@ from test_kernel_laws import CASES, documents, holes
 
 from msa_compile.kernels import block_sparse_attention, select_blocks
 from msa_compile.kernels.block_sparse_attention import triton as attention
+from msa_compile.kernels.block_sparse_attention import triton_arguments
 from msa_compile.kernels.chip import CHIPS
 from msa_compile.kernels.select_blocks import triton as selection
 
@@ -70,7 +71,7 @@ def test_queries_in_chunks_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -
     case = make_case(queries=70, heads_a_group=4, bounds={"document_start": documents(2, 70, 13, 40)})
     ids, output = laws.both(OPS, case)
     monkeypatch.setattr(selection, "_WORKSPACE", 2 * 2 * 9 * 40)
-    monkeypatch.setattr(attention, "_WORKSPACE", 2 * 2 * 32 * 4)
+    monkeypatch.setattr(triton_arguments, "_WORKSPACE", 2 * 2 * 32 * 4)
     in_chunks, output_in_chunks = laws.both(OPS, case)
     laws.assert_equal(in_chunks, ids)
     laws.assert_equal(output_in_chunks, output)

@@ -13,7 +13,18 @@ from test_kernel_laws import CASES
 
 from msa_compile.kernels import block_sparse_attention, select_blocks
 from msa_compile.kernels.block_sparse_attention import triton as attention
-from msa_compile.kernels.block_sparse_attention import triton_lists, triton_slots, triton_tiles
+from msa_compile.kernels.block_sparse_attention import (
+    triton_arguments,
+    triton_backward,
+    triton_blocks,
+    triton_key_gradients,
+    triton_lists,
+    triton_queries,
+    triton_query_gradients,
+    triton_slots,
+    triton_tiles,
+    triton_turn,
+)
 from msa_compile.kernels.select_blocks import triton as selection
 from msa_compile.kernels.select_blocks import triton_choose, triton_scores
 
@@ -30,6 +41,19 @@ def _few_queries() -> None:
 
 def _poison() -> None:
     laws.check_future_has_no_influence(OPS, make_case(queries=20, batch=1, groups=1, topk=2), change=float("nan"))
+
+
+def _gradients(name: str) -> Callable[[], None]:
+    return lambda: laws.check_gradients_equal_oracle(OPS, CASES[name])
+
+
+def _blocks_outside(name: str) -> Callable[[], None]:
+    def check() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "is_for_blocks", lambda chip, **shape: True)
+            laws.check_equals_oracle(OPS, CASES[name])
+
+    return check
 
 
 # The kernel's module, the module that launches it, the kernel, what it says, what the mutant says, the law.
@@ -76,7 +100,7 @@ MUTANTS = {
     ),
     "drops block 0": (
         triton_lists,
-        attention,
+        triton_arguments,
         "list_blocks",
         "(block >= 0)",
         "(block >= 1)",
@@ -130,10 +154,99 @@ MUTANTS = {
         "share = tl.exp2(base - base) + tl.zeros_like(highest)",
         _few_queries,
     ),
+    "the second block of a document's query is not marked": (
+        triton_queries,
+        triton_turn,
+        "mark_queries",
+        "mask=is_seen & (high > low)",
+        "mask=is_seen & (high < low)",
+        _gradients("documents behind padding"),
+    ),
+    "the last item of a list is dropped": (
+        triton_queries,
+        triton_turn,
+        "place_queries",
+        "pieces = tl.cdiv(count, QUERIES_AN_ITEM)",
+        "pieces = count // QUERIES_AN_ITEM",
+        _gradients("one head a group"),
+    ),
+    "gradients of queries without the mean slope": (
+        triton_query_gradients,
+        triton_backward,
+        "differentiate_tiles",
+        "slope = product(tile_of_grads, tl.trans(values)) - delta[:, None]",
+        "slope = product(tile_of_grads, tl.trans(values))",
+        _gradients("one head a group"),
+    ),
+    "gradients of keys from queries that do not see them": (
+        triton_key_gradients,
+        triton_backward,
+        "differentiate_blocks",
+        "(slot[:, None] < stop[None, :])",
+        "(slot[:, None] <= stop[None, :])",
+        _gradients("one head a group"),
+    ),
+    "gradients of keys from both blocks of a document's query": (
+        triton_key_gradients,
+        triton_backward,
+        "differentiate_blocks",
+        "(is_low & has_low[None, :]) | (~is_low & has_high[None, :])",
+        "has_low[None, :] | has_high[None, :]",
+        _gradients("documents behind padding"),
+    ),
+    "the first part of a block is dropped": (
+        triton_key_gradients,
+        triton_backward,
+        "add_parts",
+        "for item in range(begin, end):",
+        "for item in range(begin + 1, end):",
+        _gradients("one head a group"),
+    ),
+    "blocks outside: two blocks in one place": (
+        triton_blocks,
+        attention,
+        "attend_blocks",
+        "(ids < block)",
+        "(ids < block - 1)",
+        _blocks_outside("more places than blocks"),
+    ),
+    "blocks outside: the token after the last": (
+        triton_blocks,
+        attention,
+        "attend_blocks",
+        "(slot[None, :] < stop[:, None])",
+        "(slot[None, :] <= stop[:, None])",
+        _blocks_outside("ragged right padding"),
+    ),
+    "blocks outside: the first block is not merged": (
+        triton_blocks,
+        attention,
+        "merge_places",
+        "is_part = (block >= 0)",
+        "is_part = (block >= 1)",
+        _blocks_outside("ragged right padding"),
+    ),
 }
 
 
-@pytest.mark.parametrize(("module", "launcher", "kernel", "said", "mutated", "check"), MUTANTS.values(), ids=MUTANTS)
+# Those of kernels that one mutant already stands for.
+SLOW = (
+    "the second block of a document's query is not marked",
+    "gradients of keys from queries that do not see them",
+    "gradients of keys from both blocks of a document's query",
+    "the first part of a block is dropped",
+    "blocks outside: the token after the last",
+    "blocks outside: the first block is not merged",
+)
+
+
+@pytest.mark.parametrize(
+    ("module", "launcher", "kernel", "said", "mutated", "check"),
+    [
+        pytest.param(*mutant, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, mutant in MUTANTS.items()
+    ],
+)
 def test_mutant_turns_a_law_red(
     module: ModuleType,
     launcher: ModuleType,

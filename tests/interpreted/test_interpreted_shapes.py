@@ -7,7 +7,7 @@ import kernel_laws as laws
 import pytest
 import torch
 from kernel_laws import Case, make_case
-from torch import Tensor
+from torch import Tensor, nn
 
 from msa_compile.kernels import block_sparse_attention, select_blocks
 from msa_compile.kernels.block_sparse_attention import reference as attention_reference
@@ -137,6 +137,25 @@ def test_ops_keep_the_contract_of_torch_with_the_kernels_inside() -> None:
     torch.library.opcheck(torch.ops.msa.select_blocks, selection)
     leaves = tuple(tensor.requires_grad_() for tensor in (case.query, case.key, case.value))
     torch.library.opcheck(torch.ops.msa.block_sparse_attention, (*leaves, ids, 4))
+    tensors = (torch.randn_like(case.query), *(leaf.detach() for leaf in leaves))
+    torch.library.opcheck(torch.ops.msa.block_sparse_attention_backward, (*tensors, ids, 4))
+
+
+def test_an_exported_program_holds_each_op_once_and_runs_the_kernels_at_another_length() -> None:
+    class Attention(nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            ids = select_blocks(query[:, :1], key, block_size=4, topk=2)
+            return block_sparse_attention(query * 2, key, value, ids, block_size=4) + 1
+
+    short, long = (make_case(batch=1, groups=1, queries=queries) for queries in (20, 27))
+    length = {2: torch.export.Dim("length", min=4, max=64)}
+    program = torch.export.export(
+        Attention(), (short.query, short.key, short.value), dynamic_shapes=(length, length, length)
+    ).run_decompositions()
+    called = [str(node.target) for node in program.graph.nodes if str(node.target).startswith("msa.")]
+    assert called == ["msa.select_blocks.default", "msa.block_sparse_attention.default"]
+    tensors = (long.query, long.key, long.value)
+    laws.assert_equal(program.module()(*tensors), Attention()(*tensors))
 
 
 def test_a_compiled_graph_holds_the_op_and_runs_the_kernels() -> None:

@@ -63,13 +63,16 @@ def test_float64_is_computed_by_the_reference(monkeypatch: pytest.MonkeyPatch) -
     for module, name in (
         (selection_reference, "select_blocks"),
         (attention_reference, "block_sparse_attention"),
+        (attention_reference, "block_sparse_attention_backward"),
     ):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, _run=original, **k: calls.append(a) or _run(*a, **k))
     case = make_case(queries=9, dtype=torch.float64)
     ids = selection_cuda.select_blocks(case.index_query, case.index_key, block_size=8, topk=2)
-    attention_cuda.block_sparse_attention(case.query, case.key, case.value, ids, block_size=8)
-    assert len(calls) == 2
+    operands = (case.query, case.key, case.value, ids)
+    output = attention_cuda.block_sparse_attention(*operands, block_size=8)
+    attention_cuda.block_sparse_attention_backward(output, *operands, block_size=8)
+    assert len(calls) == 3
 
 
 def test_ops_have_kernels_for_cuda_and_shapes_without_one() -> None:
@@ -81,6 +84,10 @@ def test_ops_have_kernels_for_cuda_and_shapes_without_one() -> None:
         key = torch.empty(2, 2, 300, 64, dtype=torch.bfloat16, device="cuda")
         ids = select_blocks(index_query, key, block_size=32, topk=4)
         output = block_sparse_attention(query, key, key, ids, block_size=32)
+        # The op itself: torch's autograd ends the process where tensors say cuda and there is none.
+        grads = torch.ops.msa.block_sparse_attention_backward(output, query, key, key, ids, 32)
+    for grad, leaf in zip(grads[:3], (query, key, key), strict=True):
+        assert (grad.shape, grad.dtype, grad.device.type) == (leaf.shape, torch.bfloat16, "cuda")
     assert (ids.shape, ids.dtype, ids.device.type) == ((2, 2, 100, 4), torch.int32, "cuda")
     assert (output.shape, output.dtype, output.is_contiguous()) == (query.shape, query.dtype, True)
 

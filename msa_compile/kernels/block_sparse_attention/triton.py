@@ -12,21 +12,28 @@ from torch import Tensor
 
 from msa_compile.kernels.block_sparse_attention.tiling import (
     choose_attention_tile,
-    choose_list_tile,
+    choose_block_tile,
     choose_slots_tile,
     count_splits,
+    is_for_blocks,
     is_for_slots,
 )
-from msa_compile.kernels.block_sparse_attention.triton_lists import list_blocks
+from msa_compile.kernels.block_sparse_attention.triton_arguments import (
+    contiguous,
+    cut_ids,
+    describe_bounds,
+    describe_operands,
+    list_tiles,
+)
+from msa_compile.kernels.block_sparse_attention.triton_blocks import attend_blocks, merge_places
 from msa_compile.kernels.block_sparse_attention.triton_slots import attend_slots, merge_slots
 from msa_compile.kernels.block_sparse_attention.triton_tiles import attend_tiles
+from msa_compile.kernels.block_sparse_attention.triton_turn import turn_around
 from msa_compile.kernels.chip import Chip, chip_of
 from msa_compile.kernels.launch import Launch, Tile, divide_up, power_of_two_from
 
-# Entries of the lists of blocks held at once: 256 MiB for starts and members.
-_WORKSPACE = 1 << 25
-# A window beyond this sees everything; the slots of a kernel are int32.
-_WINDOW = 1 << 30
+# Elements of the results of queries and blocks that are held at once: 2 GiB in 16 bits.
+_PARTS = 1 << 30
 
 
 def block_sparse_attention(
@@ -46,8 +53,9 @@ def block_sparse_attention(
     document_start: Tensor | None = None,
     mask: Tensor | None = None,
     is_causal: bool = True,
+    order: str | None = None,
 ) -> Tensor:
-    """Attend to the visible tokens of the selected blocks; as in `op.py`."""
+    """Attend to the visible tokens of the selected blocks; as in `op.py`, and `order` as in `find_launches`."""
     if query.numel() == 0 or key.numel() == 0:
         return torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -69,6 +77,7 @@ def block_sparse_attention(
         mask=mask,
         is_causal=is_causal,
         chip=chip_of(query.device),
+        order=order,
     ):
         launch.run()
     return output
@@ -93,39 +102,56 @@ def find_launches(
     mask: Tensor | None,
     is_causal: bool,
     chip: Chip,
+    order: str | None = None,
 ) -> Iterator[Launch]:
-    """Give the launches of a call that writes `output`, in order; no tensor is read, so they may be on `meta`."""
+    """Give the launches of a call that writes `output`, in order; no tensor is read, so they may be on `meta`.
+
+    `order` says what many queries go by, `"tiles"` or `"blocks"`; the default follows from shapes. Documents, and
+    blocks that do not fit into shared memory, always go by tiles.
+    """
     batch, heads, query_length, head_dim = query.shape
-    groups, key_length = key.shape[1:3]
-    # Valid ids are a prefix of at most N, so a topk beyond N only holds -1 there.
-    block_ids = block_ids[..., : divide_up(key_length, block_size)].contiguous()
-    bounds: dict[str, Any] = {
-        "query_start": _contiguous(query_start),
-        "key_start": _contiguous(key_start),
-        "key_end": _contiguous(key_end),
-        "document_start": _contiguous(document_start),
-        "query_length": query_length,
-        "key_length": key_length,
-        "window": None if window is None else min(window, _WINDOW),
-        "groups": groups,
-        "BLOCK_SIZE": block_size,
-        "IS_CAUSAL": is_causal,
+    groups = key.shape[1]
+    block_ids = cut_ids(block_ids, key.shape[2], block_size)
+    bounds = describe_bounds(
+        query,
+        key,
+        block_size=block_size,
+        window=window,
+        query_start=query_start,
+        key_start=key_start,
+        key_end=key_end,
+        document_start=document_start,
+        is_causal=is_causal,
+    )
+    operands = describe_operands(query, key, mask, value=value, scale=scale, softcap=softcap)
+    common: dict[str, Any] = {
+        "heads": heads // groups,
+        "head_dim": head_dim,
+        "item_size": query.dtype.itemsize,
+        "block_size": block_size,
     }
-    operands = _operands(query, key, value, mask, query_length, key_length)
-    operands |= {
-        "scale": head_dim**-0.5 if scale is None else float(scale),
-        "softcap": None if softcap is None else float(softcap),
-        "HEAD_DIM": head_dim,
-        "HEADS": heads // groups,
-    }
-    common: dict[str, Any] = {"heads": heads // groups, "head_dim": head_dim, "item_size": query.dtype.itemsize}
-    tile = choose_attention_tile(chip, block_size=block_size, **common)
-    sinks = _contiguous(sinks)
-    if is_for_slots(chip, batch=batch, groups=groups, query_length=query_length, queries=tile.sizes["QUERIES"]):
-        tile = choose_slots_tile(chip, block_size=block_size, **common)
+    tile = choose_attention_tile(chip, **common)
+    queries = tile.sizes["QUERIES"]
+    sinks = contiguous(sinks)
+    if is_for_slots(chip, batch=batch, groups=groups, query_length=query_length, queries=queries):
+        tile = choose_slots_tile(chip, **common)
         yield from _slots_launches(block_ids, output, sinks, operands, bounds, tile, chip)
+        return
+    outer = None if order == "tiles" or document_start is not None else choose_block_tile(chip, **common)
+    is_outer = order == "blocks" or is_for_blocks(
+        chip,
+        heads=heads // groups,
+        item_size=query.dtype.itemsize,
+        queries=queries,
+        blocks=divide_up(key.shape[2], block_size),
+        topk=block_ids.shape[3],
+    )
+    if outer is not None and is_outer:
+        yield from _blocks_launches(block_ids, output, sinks, operands, bounds, outer)
     else:
-        yield from _tiles_launches(block_ids, output, sinks, operands, bounds, tile)
+        for listed, lists in list_tiles(block_ids, bounds, queries):
+            yield listed
+            yield Launch(attend_tiles, listed.grid, {**operands, **lists, "output": output, "sinks": sinks}, tile)
 
 
 def _slots_launches(
@@ -180,7 +206,7 @@ def _slots_launches(
     )
 
 
-def _tiles_launches(
+def _blocks_launches(
     block_ids: Tensor,
     output: Tensor,
     sinks: Tensor | None,
@@ -189,49 +215,39 @@ def _tiles_launches(
     tile: Tile,
 ) -> Iterator[Launch]:
     batch, groups, query_length, topk = block_ids.shape
-    queries = tile.sizes["QUERIES"]
-    list_tile = choose_list_tile(queries=queries, topk=topk)
-    list_size = queries * list_tile.sizes["PLACES"]
-    tiles_a_chunk = max(1, min(divide_up(query_length, queries), _WORKSPACE // (batch * groups * list_size)))
-    shape = (batch * groups, tiles_a_chunk, list_size)
-    lists = {
-        "starts": torch.empty(shape, dtype=torch.int32, device=output.device),
-        "members": torch.empty(shape, dtype=torch.int32, device=output.device),
-        "counts": torch.empty(shape[:2], dtype=torch.int32, device=output.device),
-    }
-    for start in range(0, query_length, tiles_a_chunk * queries):
-        tiles = min(tiles_a_chunk, divide_up(query_length - start, queries))
-        chunk = {**lists, **bounds, "chunk_start": start}
+    heads, head_dim = operands["HEADS"], operands["HEAD_DIM"]
+    chunk = max(1, min(query_length, _PARTS // (batch * groups * heads * topk * head_dim)))
+    ids = {"block_ids": block_ids, "topk": topk, "PLACES": power_of_two_from(topk)}
+    parts: dict[str, Any] = {}
+    for turned in turn_around(block_ids, bounds, queries=tile.sizes["QUERIES"], most=chunk):
+        yield from turned.launches
+        queries = turned.end - turned.start
+        if not parts:
+            shape = (batch * groups, queries, topk, heads)
+            parts = {
+                "partial_output": torch.empty(*shape, head_dim, dtype=output.dtype, device=output.device),
+                "partial_total": torch.empty(shape, dtype=torch.float32, device=output.device),
+                "partial_highest": torch.empty(shape, dtype=torch.float32, device=output.device),
+                "chunk": queries,
+            }
+        told = {**_without_documents(turned.told), **parts, **ids, "chunk_start": turned.start}
+        yield Launch(attend_blocks, (told["items"], batch * groups, 1), {**operands, **told}, tile)
         yield Launch(
-            list_blocks,
-            (tiles, batch * groups, 1),
-            {**chunk, "block_ids": block_ids, "topk": topk},
-            list_tile,
+            merge_places,
+            (queries, batch * groups * heads, 1),
+            {
+                **_without_documents(bounds),
+                **parts,
+                **ids,
+                "chunk_start": turned.start,
+                "sinks": sinks,
+                "output": output,
+                "HEAD_DIM": head_dim,
+                "HEADS": heads,
+            },
+            Tile({"CHANNELS": tile.sizes["CHANNELS"]}, 4, 1),
         )
-        yield Launch(
-            attend_tiles,
-            (tiles, batch * groups, 1),
-            {**operands, **chunk, "output": output, "sinks": sinks, "list_size": list_size},
-            tile,
-        )
 
 
-def _operands(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, query_length: int, key_length: int
-) -> dict[str, Any]:
-    """Return the tensors that both kernels of attention read, with their strides."""
-    found: dict[str, Any] = {}
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-        found[name] = tensor
-        found |= {f"{name}_stride_{axis}": tensor.stride(dim) for dim, axis in enumerate("bht")}
-    shown = None
-    if mask is not None:
-        shown = mask.expand(key.shape[0], key.shape[1], query_length, key_length).view(torch.uint8)
-    found["mask"] = shown
-    found |= {f"mask_stride_{axis}": 0 if shown is None else shown.stride(dim) for dim, axis in enumerate("bhqk")}
-    return found
-
-
-def _contiguous(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.contiguous()
+def _without_documents(told: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in told.items() if name != "document_start"}

@@ -7,10 +7,8 @@ some of the selected blocks; all rows see the same slots, so what is not seen is
 import triton
 import triton.language as tl
 
-from msa_compile.kernels.block_sparse_attention.triton_tiles import capped_logits
+from msa_compile.kernels.block_sparse_attention.triton_softmax import LOG2_E, capped_logits, weigh
 from msa_compile.kernels.triton_rows import bounds_of_rows, product
-
-_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["query_length", "key_length"])
@@ -117,14 +115,7 @@ def attend_slots(
         is_loaded = visible[:, None] & (channel < HEAD_DIM)[None, :]
         keys = tl.load(key_rows + wide_slot[:, None] * key_stride_t + channel[None, :], mask=is_loaded, other=0.0)
         logits = capped_logits(product(tile_of_queries, tl.trans(keys)), scale, softcap)
-        logits = tl.where(visible[None, :], logits, float("-inf"))
-        higher = tl.maximum(highest, tl.max(logits, 1))
-        # A row that has seen nothing has -inf here, and -inf minus -inf is NaN.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(logits - base[:, None])
-        shrink = tl.exp2(highest - base)
-        total = total * shrink + tl.sum(weights, 1)
-        highest = higher
+        weights, shrink, total, highest = weigh(logits, visible[None, :], total, highest)
         values = tl.load(value_rows + wide_slot[:, None] * value_stride_t + channel[None, :], mask=is_loaded, other=0.0)
         accumulated = accumulated * shrink[:, None] + product(weights.to(values.dtype), values)
 
@@ -133,6 +124,45 @@ def attend_slots(
     tl.store(partial_output + head[:, None] * HEAD_DIM + channel[None, :], accumulated, mask=is_stored)
     tl.store(partial_total + head, total, mask=row < HEADS)
     tl.store(partial_highest + head, highest, mask=row < HEADS)
+
+
+@triton.jit
+def merge_parts(
+    place,
+    is_part,
+    sinks,
+    head,
+    partial_output,
+    partial_total,
+    partial_highest,
+    HEAD_DIM: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    IS_DIVIDED: tl.constexpr,
+):
+    """Return the output of a query and head, of its parts at `place` and the sink of `head`, `[CHANNELS]` float32.
+
+    With `IS_DIVIDED` the parts were divided by their sums.
+    """
+    channel = tl.arange(0, CHANNELS)
+    highest = tl.load(partial_highest + place, mask=is_part, other=float("-inf"))
+    total = tl.load(partial_total + place, mask=is_part, other=0.0)
+    top = tl.max(highest, 0)
+    sink = float("-inf")
+    if sinks is not None:
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
+        top = tl.maximum(top, sink)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    share = tl.exp2(highest - base)
+    of_parts = total * share
+    total = tl.sum(of_parts, 0)
+    if sinks is not None:
+        total += tl.exp2(sink - base)
+    total = tl.where(total == 0, 1.0, total)
+    is_loaded = is_part[:, None] & (channel < HEAD_DIM)[None, :]
+    parts = tl.load(partial_output + place[:, None] * HEAD_DIM + channel[None, :], mask=is_loaded, other=0.0)
+    if IS_DIVIDED:
+        share = of_parts
+    return tl.sum(parts.to(tl.float32) * share[:, None], 0) / total
 
 
 @triton.jit(do_not_specialize=["query_length"])
@@ -154,25 +184,19 @@ def merge_slots(
     group = tl.program_id(1) // HEADS
     head_of_group = tl.program_id(1) % HEADS
     split = tl.arange(0, SPLITS_TILE)
-    channel = tl.arange(0, CHANNELS)
-    is_split = split < SPLITS
     part = (group.to(tl.int64) * query_length + tl.program_id(0)) * SPLITS + split
-    place = part * HEADS + head_of_group
-    highest = tl.load(partial_highest + place, mask=is_split, other=float("-inf"))
-    total = tl.load(partial_total + place, mask=is_split, other=0.0)
-    top = tl.max(highest, 0)
-    sink = float("-inf")
-    if sinks is not None:
-        sink = tl.load(sinks + (group % groups) * HEADS + head_of_group).to(tl.float32) * _LOG2_E
-        top = tl.maximum(top, sink)
-    base = tl.where(top == float("-inf"), 0.0, top)
-    share = tl.exp2(highest - base)
-    total = tl.sum(total * share, 0)
-    if sinks is not None:
-        total += tl.exp2(sink - base)
-    total = tl.where(total == 0, 1.0, total)
-    is_loaded = is_split[:, None] & (channel < HEAD_DIM)[None, :]
-    parts = tl.load(partial_output + place[:, None] * HEAD_DIM + channel[None, :], mask=is_loaded, other=0.0)
-    result = tl.sum(parts * share[:, None], 0) / total
+    result = merge_parts(
+        part * HEADS + head_of_group,
+        split < SPLITS,
+        sinks,
+        (group % groups) * HEADS + head_of_group,
+        partial_output,
+        partial_total,
+        partial_highest,
+        HEAD_DIM,
+        CHANNELS,
+        False,
+    )
+    channel = tl.arange(0, CHANNELS)
     place = tl.program_id(1).to(tl.int64) * query_length + tl.program_id(0)
     tl.store(output + place * HEAD_DIM + channel, result.to(output.dtype.element_ty), mask=channel < HEAD_DIM)

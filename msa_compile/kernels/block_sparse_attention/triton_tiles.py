@@ -7,60 +7,46 @@ the large matrix instructions; neighbouring queries select nearly the same block
 import triton
 import triton.language as tl
 
+from msa_compile.kernels.block_sparse_attention.triton_softmax import add_sink, capped_logits, weigh
 from msa_compile.kernels.triton_rows import bounds_of_rows, product
-
-_LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def capped_logits(dot, scale, softcap):
-    """Return the logits in units of log 2, capped where `softcap` is not None."""
-    logits = dot * scale
-    if softcap is not None:
-        # tanh by the exponential of a negative number, which cannot overflow.
-        size = tl.abs(logits / softcap)
-        power = tl.exp(-2.0 * size)
-        bound = softcap * (1.0 - power) / (1.0 + power)
-        # NaN stays NaN: it fails the comparison, and the bound is NaN as well.
-        logits = tl.where(logits < 0, -bound, bound)
-    return logits * _LOG2_E
 
 
 @triton.jit
 def _attend_span(
+    steps,
+    SLOTS: tl.constexpr,
+    PIECES: tl.constexpr,
+    IS_CAREFUL: tl.constexpr,
+    mask_rows,
+    softcap,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    QUERIES: tl.constexpr,
     tile_of_queries,
-    accumulated,
-    total,
-    highest,
     key_rows,
     value_rows,
-    mask_rows,
     starts,
     members,
-    steps,
     turn_of_row,
     first,
     stop,
     first_of_tile,
     stop_of_tile,
     scale,
-    softcap,
     key_stride_t,
     value_stride_t,
     mask_stride_k,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    QUERIES: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PIECES: tl.constexpr,
-    IS_CAREFUL: tl.constexpr,
 ):
     """Run the blocks of a tile through an online softmax; return `accumulated, total, highest`.
 
     With `IS_CAREFUL` the values that a query does not see are replaced by 0, query by query.
     """
     channel = tl.arange(0, CHANNELS)
+    accumulated = tl.zeros((ROWS, CHANNELS), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
     for step in tl.range(0, steps, num_stages=1 if IS_CAREFUL else None):
         start = tl.load(starts + step // PIECES)
         bits = tl.load(members + step // PIECES)
@@ -79,15 +65,7 @@ def _attend_span(
         if mask_rows is not None:
             shown = mask_rows[:, None] + slot.to(tl.int64)[None, :] * mask_stride_k
             visible = visible & (tl.load(shown, mask=visible, other=0) != 0)
-        logits = tl.where(visible, logits, float("-inf"))
-
-        higher = tl.maximum(highest, tl.max(logits, 1))
-        # A row that has seen nothing has -inf here, and -inf minus -inf is NaN.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(logits - base[:, None])
-        shrink = tl.exp2(highest - base)
-        total = total * shrink + tl.sum(weights, 1)
-        highest = higher
+        weights, shrink, total, highest = weigh(logits, visible, total, highest)
         accumulated = accumulated * shrink[:, None]
 
         values = tl.load(value_rows + wide_slot * value_stride_t + channel[None, :], mask=is_loaded, other=0.0)
@@ -198,37 +176,24 @@ def attend_tiles(
     starts += tile * list_size
     members += tile * list_size
     blocks = tl.load(counts + tile)
-    nothing = tl.zeros((ROWS, CHANNELS), tl.float32)
-    no_total = tl.zeros((ROWS,), tl.float32)
-    lowest = tl.full((ROWS,), float("-inf"), tl.float32)
-    accumulated, total, highest = _attend_span(
+    span = (
         tile_of_queries,
-        nothing,
-        no_total,
-        lowest,
         key_rows,
         value_rows,
-        mask_rows,
         starts,
         members,
-        blocks * PIECES,
         turn_of_row,
         first,
         stop,
         first_of_tile,
         stop_of_tile,
         scale,
-        softcap,
         key_stride_t,
         value_stride_t,
         mask_stride_k,
-        BLOCK_SIZE,
-        HEAD_DIM,
-        CHANNELS,
-        QUERIES,
-        SLOTS,
-        PIECES,
-        False,
+    )
+    accumulated, total, highest = _attend_span(
+        blocks * PIECES, SLOTS, PIECES, False, mask_rows, softcap, BLOCK_SIZE, HEAD_DIM, ROWS, CHANNELS, QUERIES, *span
     )
     # A weight of 0 times NaN is NaN: a value that one query sees may have reached another. Then once more, with care.
     # It costs nothing where all values are finite, and the loop above keeps its loads in flight. Fewer slots at a time
@@ -238,40 +203,21 @@ def attend_tiles(
     is_broken = tl.max(tl.where(tl.abs(accumulated) < float("inf"), 0, 1))
     if is_broken != 0:
         accumulated, total, highest = _attend_span(
-            tile_of_queries,
-            nothing,
-            no_total,
-            lowest,
-            key_rows,
-            value_rows,
-            mask_rows,
-            starts,
-            members,
             blocks * CAREFUL_PIECES,
-            turn_of_row,
-            first,
-            stop,
-            first_of_tile,
-            stop_of_tile,
-            scale,
-            softcap,
-            key_stride_t,
-            value_stride_t,
-            mask_stride_k,
-            BLOCK_SIZE,
-            HEAD_DIM,
-            CHANNELS,
-            QUERIES,
             CAREFUL_SLOTS,
             CAREFUL_PIECES,
             True,
+            mask_rows,
+            softcap,
+            BLOCK_SIZE,
+            HEAD_DIM,
+            ROWS,
+            CHANNELS,
+            QUERIES,
+            *span,
         )
     if sinks is not None:
-        sink = tl.load(sinks + head, mask=is_row, other=0.0).to(tl.float32) * _LOG2_E
-        higher = tl.maximum(highest, sink)
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink = tl.exp2(highest - base)
-        total = total * shrink + tl.exp2(sink - base)
+        shrink, total, highest = add_sink(tl.load(sinks + head, mask=is_row, other=0.0), total, highest)
         accumulated = accumulated * shrink[:, None]
     total = tl.where(total == 0, 1.0, total)
     result = accumulated / total[:, None]

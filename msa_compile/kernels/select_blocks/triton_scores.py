@@ -12,20 +12,12 @@ _NO_ANCHOR = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _score_span(
-    tile_of_queries,
-    key_rows,
-    scores_of_rows,
-    mask_rows,
-    is_mine,
-    first,
-    stop,
-    anchor,
     begin,
     end,
-    key_length,
-    key_stride_t,
-    mask_stride_k,
-    score_stride,
+    IS_EDGE: tl.constexpr,
+    is_mine,
+    anchor,
+    mask_rows,
     BLOCK_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDTH_TILE: tl.constexpr,
@@ -33,7 +25,15 @@ def _score_span(
     BLOCKS: tl.constexpr,
     SLOTS: tl.constexpr,
     PIECES: tl.constexpr,
-    IS_EDGE: tl.constexpr,
+    first,
+    stop,
+    tile_of_queries,
+    key_rows,
+    scores_of_rows,
+    key_length,
+    key_stride_t,
+    mask_stride_k,
+    score_stride,
 ):
     """Score blocks `begin .. end - 1` that start at `anchor`, for the rows that `is_mine` says.
 
@@ -78,19 +78,9 @@ def _score_span(
 
 @triton.jit
 def _score_run(
-    tile_of_queries,
-    key_rows,
-    scores_of_rows,
-    mask_rows,
     is_mine,
-    first,
-    stop,
     anchor,
-    blocks_a_split,
-    key_length,
-    key_stride_t,
-    mask_stride_k,
-    score_stride,
+    mask_rows,
     BLOCK_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDTH_TILE: tl.constexpr,
@@ -98,8 +88,14 @@ def _score_run(
     BLOCKS: tl.constexpr,
     SLOTS: tl.constexpr,
     PIECES: tl.constexpr,
+    blocks_a_split,
+    stop,
+    tile,
 ):
-    """Score this program's share of the blocks that start at `anchor`, for the rows that are anchored there."""
+    """Score this program's share of the blocks that start at `anchor`, for the rows that are anchored there.
+
+    `tile` holds the last arguments of `_score_span`.
+    """
     last = tl.max(tl.where(is_mine, stop, 0))
     begin = tl.program_id(2) * blocks_a_split
     end = tl.minimum(begin + blocks_a_split, tl.cdiv(tl.maximum(last - anchor, 0), BLOCK_SIZE))
@@ -108,20 +104,12 @@ def _score_run(
         whole = (tl.min(tl.where(is_mine, stop, _NO_ANCHOR)) - anchor) // BLOCK_SIZE
         edge = begin + tl.maximum(tl.minimum(whole, end) - begin, 0) // BLOCKS * BLOCKS
         _score_span(
-            tile_of_queries,
-            key_rows,
-            scores_of_rows,
-            mask_rows,
-            is_mine,
-            first,
-            stop,
-            anchor,
             begin,
             edge,
-            key_length,
-            key_stride_t,
-            mask_stride_k,
-            score_stride,
+            False,
+            is_mine,
+            anchor,
+            mask_rows,
             BLOCK_SIZE,
             WIDTH,
             WIDTH_TILE,
@@ -129,31 +117,10 @@ def _score_run(
             BLOCKS,
             SLOTS,
             PIECES,
-            False,
+            *tile,
         )
     _score_span(
-        tile_of_queries,
-        key_rows,
-        scores_of_rows,
-        mask_rows,
-        is_mine,
-        first,
-        stop,
-        anchor,
-        edge,
-        end,
-        key_length,
-        key_stride_t,
-        mask_stride_k,
-        score_stride,
-        BLOCK_SIZE,
-        WIDTH,
-        WIDTH_TILE,
-        ROWS,
-        BLOCKS,
-        SLOTS,
-        PIECES,
-        True,
+        edge, end, True, is_mine, anchor, mask_rows, BLOCK_SIZE, WIDTH, WIDTH_TILE, ROWS, BLOCKS, SLOTS, PIECES, *tile
     )
 
 
@@ -242,21 +209,22 @@ def score_blocks(
         mask_rows = mask + wide_batch * mask_stride_b + group.to(tl.int64) * mask_stride_h + wide_query * mask_stride_q
 
     sees = is_row & (stop > anchor)
+    tile = (
+        first,
+        stop,
+        tile_of_queries,
+        key_rows,
+        scores_of_rows,
+        key_length,
+        key_stride_t,
+        mask_stride_k,
+        score_stride_n,
+    )
     if document_start is None:
         _score_run(
-            tile_of_queries,
-            key_rows,
-            scores_of_rows,
-            mask_rows,
             sees,
-            first,
-            stop,
             tl.max(anchor),
-            blocks_a_split,
-            key_length,
-            key_stride_t,
-            mask_stride_k,
-            score_stride_n,
+            mask_rows,
             BLOCK_SIZE,
             WIDTH,
             WIDTH_TILE,
@@ -264,25 +232,19 @@ def score_blocks(
             BLOCKS,
             SLOTS,
             PIECES,
+            blocks_a_split,
+            stop,
+            tile,
         )
     else:
         # Blocks start at the document: one pass a document that the tile touches, mostly one.
         here = tl.min(tl.where(sees, anchor, _NO_ANCHOR))
         while here < _NO_ANCHOR:
+            is_mine = sees & (anchor == here)
             _score_run(
-                tile_of_queries,
-                key_rows,
-                scores_of_rows,
-                mask_rows,
-                sees & (anchor == here),
-                first,
-                stop,
+                is_mine,
                 here,
-                blocks_a_split,
-                key_length,
-                key_stride_t,
-                mask_stride_k,
-                score_stride_n,
+                mask_rows,
                 BLOCK_SIZE,
                 WIDTH,
                 WIDTH_TILE,
@@ -290,5 +252,8 @@ def score_blocks(
                 BLOCKS,
                 SLOTS,
                 PIECES,
+                blocks_a_split,
+                stop,
+                tile,
             )
             here = tl.min(tl.where(sees & (anchor > here), anchor, _NO_ANCHOR))
