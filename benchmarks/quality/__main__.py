@@ -13,7 +13,7 @@ import argparse
 import datetime
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,11 +64,13 @@ def run(setting: Setting, kept: Path, out: Path, piece: Piece) -> Results:
             setting.size, setting.training, corpus.train, seed, kept / f"model-{setting.of_models}-{seed}.pt", piece
         )
         indexers = kept / f"indexers-{setting.of_indexers}-{seed}"
-        calibrate_once(model, setting, corpus, indexers, seed)
-        piece.check()
-        for row in _rows(model, setting, exam, indexers, kept / f"rows-{setting.of_rows}-{seed}"):
-            rows.append(row)
-            piece.check()
+        folder = kept / f"rows-{setting.of_rows}-{seed}"
+        for selector in (DENSE, *SELECTORS):
+            if selector == CALIBRATED:
+                calibrate_once(model, setting, corpus, indexers, seed)
+            for share in (1,) if selector == DENSE else setting.shares:
+                piece.check()
+                rows.append(_row(model, setting, exam, selector, share, seed, indexers, folder))
         if seed == setting.seeds[0]:
             maps = _maps(model, setting, exam, indexers)
     draw_maps(maps, setting.block_size, out / "quality_maps.png")
@@ -88,19 +90,31 @@ def run(setting: Setting, kept: Path, out: Path, piece: Piece) -> Results:
     return results
 
 
-def _rows(model: LanguageModel, setting: Setting, exam: Exam, indexers: Path, folder: Path) -> Iterator[Row]:
-    """A row for each selector and budget of one model; finished ones are read."""
-    seed = int(folder.name.rpartition("-")[2])
-    subjects = [(DENSE, 1), *((selector, share) for share in setting.shares for selector in SELECTORS)]
-    for selector, share in subjects:
-        path = folder / f"{selector}-{share}.json".replace("/", "_").replace(", ", "_")
-        if not path.exists():
-            topk = setting.topk(share)
-            with selecting(model, selector, block_size=setting.block_size, topk=topk, adapter=indexers, seed=seed):
-                row = examine(model, exam, seed=seed, selector=selector, share=share)
-            keep(path, lambda part, row=row: part.write_text(json.dumps(row.to_dict())))
-            print(f"seed {seed}, {selector}, 1/{share}: perplexity {row.perplexity:.4f}, retrieval {row.retrieval:.1%}")
-        yield Row.from_dict(json.loads(path.read_text()))
+def _row(
+    model: LanguageModel,
+    setting: Setting,
+    exam: Exam,
+    selector: str,
+    share: int,
+    seed: int,
+    indexers: Path,
+    folder: Path,
+) -> Row:
+    """The row of a selector and budget, measured or read from `folder`."""
+    path = folder / f"{selector}-{share}.json".replace("/", "_").replace(", ", "_")
+    if not path.exists():
+        with selecting(
+            model,
+            selector,
+            block_size=setting.block_size,
+            topk=setting.topk(share),
+            adapter=indexers,
+            seed=seed,
+        ):
+            row = examine(model, exam, seed=seed, selector=selector, share=share)
+        keep(path, lambda part: part.write_text(json.dumps(row.to_dict())))
+        print(f"seed {seed}, {selector}, 1/{share}: perplexity {row.perplexity:.4f}, retrieval {row.retrieval:.1%}")
+    return Row.from_dict(json.loads(path.read_text()))
 
 
 @torch.no_grad()

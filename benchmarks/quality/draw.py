@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.quality.judge import Choice, is_chosen
 from benchmarks.quality.measure import Row
+from benchmarks.quality.selectors import BLOCK_SCORES
 from benchmarks.quality.subjects import SELECTORS
 from benchmarks.quality.write import GOAL_SHARE, Results, mass_ratio
 
@@ -32,7 +33,7 @@ def draw_curves(results: Results, out: Path) -> None:
             means = [float(part.mean()) for part in values]
             spread = [[mean - float(part.min()) for mean, part in zip(means, values, strict=True)]]
             spread += [[float(part.max()) - mean for mean, part in zip(means, values, strict=True)]]
-            style = "-" if index < 3 else "--"
+            style = "--" if selector in BLOCK_SCORES else "-"
             axis.errorbar(shares, means, yerr=spread, fmt=f"o{style}", color=f"C{index}", label=selector, capsize=2)
         axis.set_xscale("log", base=2)
         axis.set_yscale(scale)

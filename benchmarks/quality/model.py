@@ -106,7 +106,7 @@ class LanguageModel(nn.Module):
         self.embed = nn.Embedding(size.vocabulary, size.hidden)
         self.layers = nn.ModuleList([Layer(size) for _ in range(size.layers)])
         self.norm = nn.RMSNorm(size.hidden)
-        frequencies = 10_000.0 ** -(torch.arange(0, size.head_dim, 2) / size.head_dim)
+        frequencies = 500_000.0 ** -(torch.arange(0, size.head_dim, 2) / size.head_dim)
         angles = torch.outer(torch.arange(size.context), frequencies).repeat(1, 2)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
