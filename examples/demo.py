@@ -30,6 +30,7 @@ from examples.speed_line import speed_line
 from msa_compile import MSAConfig
 
 NEW_TOKENS = 120
+CALIBRATION_STEPS = 30
 BATCH = 2  # windows a call
 
 
@@ -40,6 +41,7 @@ class Subject:
     model: Any
     held_out: Tensor  # token ids, int64 [tokens]
     decode: Any  # token ids to text
+    learned_from: Tensor | None = None  # what it was trained on here, int64 [tokens]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     report = _explain(subject.model, budgets[0], arguments)
     _compare_perplexity(subject.model, windows, budgets, arguments)
+    if subject.learned_from is not None and budgets[-1] * arguments.block_size < context:
+        _calibrate(subject, windows, arguments)
     _continue_prompt(subject, windows[0, : context * 3 // 4], budgets[-1], arguments)
     _draw(subject.model, windows[:1], report.sparse, budgets[len(budgets) // 2], arguments)
     with _stage("speed of attention here, on random tensors"):
@@ -129,7 +133,7 @@ def _trained_model(arguments: argparse.Namespace) -> Subject:
         )
         print(f"{steps} steps, training loss {loss:.3f} nats a byte")
     held_out = as_bytes(arguments.text.read_bytes()) if arguments.text else corpus.held_out
-    return Subject(model, held_out, lambda ids: bytes(ids.tolist()).decode("utf-8", "replace"))
+    return Subject(model, held_out, lambda ids: bytes(ids.tolist()).decode("utf-8", "replace"), corpus.train)
 
 
 def _hub_model(arguments: argparse.Namespace) -> Subject:
@@ -151,9 +155,13 @@ def _windows(subject: Subject, arguments: argparse.Namespace) -> Tensor:
     tokens = len(subject.held_out)
     longest = getattr(subject.model.config, "max_position_embeddings", None) or arguments.context
     context = min(arguments.context, longest, tokens)
-    count = min(arguments.windows, tokens // context)
-    starts = torch.linspace(0, tokens - context, count).long().tolist()
-    return torch.stack([subject.held_out[start : start + context] for start in starts])
+    return _spread(subject.held_out, context, min(arguments.windows, tokens // context))
+
+
+def _spread(text: Tensor, length: int, count: int) -> Tensor:
+    """Windows spread evenly over a text, `[count, length]`."""
+    starts = torch.linspace(0, len(text) - length, count).long().tolist()
+    return torch.stack([text[start : start + length] for start in starts])
 
 
 def _sparsify(model: nn.Module, topk: int, arguments: argparse.Namespace) -> None:
@@ -190,6 +198,19 @@ def _compare_perplexity(
             name = f"{topk} blocks of {arguments.block_size}"
             change = sparse / dense - 1
             print(f"{name:<20}{share:>11.1%}{sparse:>13.4f}{change:>+11.2%}{first_call:>9.1f} s{seconds:>7.1f} s")
+
+
+def _calibrate(subject: Subject, windows: Tensor, arguments: argparse.Namespace) -> None:
+    """Train index branches for the last budget, and print what selection by them costs."""
+    steps = 4 if arguments.small else CALIBRATION_STEPS
+    with _stage(f"calibration: {steps} steps of learning to select with one small key a token"):
+        assert subject.learned_from is not None, "asked before"
+        rows = _spread(subject.learned_from, windows.shape[1], BATCH * (steps + 1))
+        data = [{"input_ids": batch} for batch in rows.split(BATCH)]
+        result = msa_compile.calibrate(subject.model, data, steps=steps, learning_rate=3e-3, progress=False)
+        print(result)
+        perplexity, _ = _perplexity(subject.model, windows)
+        print(f"calibrated, perplexity on the same windows: {perplexity:.4f}")
 
 
 def _perplexity(model: nn.Module, windows: Tensor) -> tuple[float, float]:

@@ -1,7 +1,9 @@
 """MiniMax Sparse Attention for any PyTorch model: detected in the captured graph, rewritten, compiled."""
 
-# `msa_compile.evaluate` and `msa_compile.export` are these verbs; what they are made of is in the folders of that name.
+# `msa_compile.calibrate`, `.evaluate` and `.export` are verbs; what they are made of is in the folders of that name.
 from msa_compile.api import dense, explain, sparsify, unsparsify
+from msa_compile.calibrate.result import CalibrationResult
+from msa_compile.calibration import calibrate, index_loss
 from msa_compile.config import MSAConfig
 from msa_compile.evaluate.fitted import BudgetFit
 from msa_compile.evaluate.result import Evaluation
@@ -16,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BudgetFit",
+    "CalibrationResult",
     "Evaluation",
     "ExportResult",
     "MSAConfig",
@@ -23,11 +26,13 @@ __all__ = [
     "Report",
     "Site",
     "attention",
+    "calibrate",
     "dense",
     "evaluate",
     "explain",
     "export",
     "fit_budget",
+    "index_loss",
     "load",
     "save",
     "sparsify",

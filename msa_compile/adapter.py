@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from msa_compile.config import MSAConfig
 from msa_compile.errors import AdapterError, ConfigError
 from msa_compile.indexer import INDEXER, IndexBranch, insert_index_branch
+from msa_compile.whole_files import write_whole
 
 SCHEMA = 1
 WEIGHTS = "indexers.safetensors"
@@ -33,16 +34,27 @@ class Adapter:
         base: Digest of the names and shapes of the base's parameters.
         sites: For each path of an owner, whether its branch was calibrated.
         weights: By full name, ``"layers.0.self_attn.indexer.q_proj.weight"``.
+        calibrated: What the last calibration did, in a line; ``""`` where there was none.
+        calibration: What it found and decided, by site, as plain values.
     """
 
     config: MSAConfig
     base: str
     sites: dict[str, bool]
     weights: dict[str, Tensor]
+    calibrated: str = ""
+    calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def write_adapter(model: nn.Module, config: MSAConfig, folder: str | Path) -> None:
-    """Save the index branches of ``model``.
+def write_adapter(
+    model: nn.Module,
+    config: MSAConfig,
+    folder: str | Path,
+    *,
+    calibrated: str = "",
+    calibration: Mapping[str, dict[str, Any]] | None = None,
+) -> None:
+    """Save the index branches of ``model``; ``calibrated`` and ``calibration`` as in ``Adapter``.
 
     Raises:
         AdapterError: There is none, or safetensors is not installed.
@@ -64,9 +76,11 @@ def write_adapter(model: nn.Module, config: MSAConfig, folder: str | Path) -> No
         "base": fingerprint(model),
         "sites": {path: branch.is_calibrated for path, branch in branches.items()},
         "weights": hashlib.sha256(weights).hexdigest(),
+        "calibrated": calibrated,
+        "calibration": dict(calibration or {}),
     }
-    _replace(folder / WEIGHTS, weights)
-    _replace(folder / DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
+    write_whole(folder / WEIGHTS, weights)
+    write_whole(folder / DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -88,7 +102,8 @@ def read_adapter(folder: str | Path) -> Adapter:
         raise AdapterError(f"{folder / WEIGHTS} is not the file that {DESCRIPTION} describes; save the adapter again")
     try:
         config = MSAConfig.from_options(_with_tuples(said["config"]))
-        return Adapter(config, said["base"], said["sites"], _safetensors().load(weights))
+        found = {"calibrated": said.get("calibrated", ""), "calibration": said.get("calibration", {})}
+        return Adapter(config, said["base"], said["sites"], _safetensors().load(weights), **found)
     except (KeyError, TypeError, ConfigError) as error:
         raise AdapterError(f"{folder / DESCRIPTION} is damaged: {error}") from error
 
@@ -138,6 +153,8 @@ def insert_adapter(adapter: Adapter, model: nn.Module, *, is_forced: bool) -> No
                 raise
             raise AdapterError(f"the index branch of {path} does not fit: {error}") from error
         branch.is_calibrated = is_calibrated
+        # What was judged is used or not as it was judged.
+        branch.is_forced = is_forced and path not in adapter.calibration
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -164,19 +181,6 @@ def _full_name(path: str, name: str) -> str:
 def _with_tuples(options: dict[str, Any]) -> dict[str, Any]:
     """JSON has lists where a config has tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that it is never seen in part."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _safetensors() -> Any:

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from msa_compile._compat import compiled_module_class
 from msa_compile.backend import MSABackend, check_inner, check_strict
+from msa_compile.calibrate.result import SiteCalibration
 from msa_compile.config import MSAConfig
 from msa_compile.discover import (
     CallInputs,
@@ -117,6 +118,8 @@ class SparseDoor(Door):
         self.windows: dict[str, int] = {}
         self.expected: set[str] = set()
         self.evaluated = ""
+        self.calibrated = ""
+        self.calibration: dict[str, SiteCalibration] = {}
 
     def adopt(self, discovery: Discovery) -> None:
         """Check what was found, and guard it.
@@ -151,8 +154,17 @@ class SparseDoor(Door):
             with self._lock:
                 self._compiled, self.backend = kept
 
+    def start_over(self, config: MSAConfig) -> None:
+        """Forget what was compiled, and compile with another config from now on; sites that it leaves out are dense."""
+        with self._lock:
+            self.config = config
+            self.expected = {name for name in self.expected if config.matches(name)}
+            self._compiled, self.backend = {}, None
+
     def before_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Find the sites on fake tensors, once."""
+        """Forget the index losses of the last call, and find the sites on fake tensors, once."""
+        if self.backend is not None:
+            self.backend.index_losses.clear()
         with self._lock:
             if not self.discovery.records and self.backend is None:
                 try:
@@ -238,9 +250,15 @@ def explain(model: nn.Module | ExportedProgram, *args: Any, config: MSAConfig | 
                 "explain(model, *args, **kwargs)"
             )
         records = discover_first(model, candidates, used, {} if door is None else door.windows).records
-    evaluated = door.evaluated if door is not None else ""
     return build_report(
-        records, used, counts, sparsified=door is not None, evaluated=evaluated, missed_selections=missed
+        records,
+        used,
+        counts,
+        sparsified=door is not None,
+        evaluated=door.evaluated if door is not None else "",
+        calibrated=door.calibrated if door is not None else "",
+        calibration={name: str(site) for name, site in door.calibration.items()} if door is not None else {},
+        missed_selections=missed,
     )
 
 

@@ -10,13 +10,22 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
-from torch.fx import GraphModule
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
 
-from msa_compile._compat import TensorifyScalarRestartAnalysis, graphs_in, lookup_backend, restore_paths
+from msa_compile._compat import (
+    TensorifyScalarRestartAnalysis,
+    graphs_in,
+    lookup_backend,
+    restore_paths,
+    set_grad_enabled,
+)
 from msa_compile.config import MSAConfig
 from msa_compile.errors import CaptureError, ConfigError, MSAError, SiteRefusedError, UnknownOptionError
 from msa_compile.index_keys import IndexKeys
+from msa_compile.indexer import IndexBranch
+from msa_compile.observed import Observer, SiteCall
+from msa_compile.passes.insert_index_branch import BRANCH
 from msa_compile.passes.pipeline import PassResult, run_passes
 from msa_compile.passes.rewrite_attention import SITE
 from msa_compile.records import GraphRecord, Reason, Site
@@ -26,6 +35,7 @@ log = logging.getLogger(__name__)
 
 _numbers = itertools.count()
 _ALWAYS_DENSE = 2**62
+_BUDGET = ("topk", "local_blocks", "sink_blocks")
 INNER_COMPILERS = ("inductor", "aot_eager", "eager")
 
 
@@ -63,6 +73,8 @@ class MSABackend:
         self.dense_calls: Counter[str] = Counter()
         self.number = next(_numbers)
         self.index_keys = IndexKeys()
+        self.index_losses: dict[str, Tensor] = {}
+        self.learns = False
         self._said: set[str] = set()
         if mode not in (None, "default") and inner != "inductor":
             raise UnknownOptionError(f"mode={mode!r} is a mode of Inductor; the inner compiler is {inner!r}. Drop one.")
@@ -73,11 +85,20 @@ class MSABackend:
             if self.model is not None:
                 restore_paths(gm, self.model)
             after = self.records[-1].graph_break if self.records else ""
-            result = run_passes(gm, self.config, self.windows, after=after, owner=self.number)
+            has_losses = self._has_losses()
+            result = run_passes(
+                gm,
+                self.config,
+                self.windows,
+                after=after,
+                owner=self.number,
+                learns=self.learns or has_losses,
+                has_losses=has_losses,
+            )
             check_strict(result.record.sites, self.config)
             self.records.append(result.record)
             compiled = self._compile(result.module, [*example_inputs, *_index_inputs(result)])
-            compiled = self.index_keys.bound(compiled, result.bindings)
+            compiled = self.index_keys.bound(self._collecting(compiled, result.losses), result.bindings)
             return self._counting(compiled, self._turned_dense(gm, result.record))
         except (MSAError, TensorifyScalarRestartAnalysis):  # the latter asks Dynamo to start this frame again
             raise
@@ -87,6 +108,26 @@ class MSABackend:
                 f"{type(error).__name__} while compiling the sparse graph with {self.inner!r}: {error}. "
                 'Try inner="eager" to tell a rewrite problem from a compiler problem.'
             ) from error
+
+    def _has_losses(self) -> bool:
+        """Whether index losses are wanted: where somebody trains index branches, and not where they are frozen."""
+        if self.model is None or not (self.model.training and torch.is_grad_enabled()):
+            return False
+        branches = [part for part in self.model.modules() if isinstance(part, IndexBranch) and part.is_used]
+        return any(weight.requires_grad for branch in branches for weight in branch.weights())
+
+    def _collecting(self, compiled: Callable[..., Any], losses: Sequence[str]) -> Callable[..., Any]:
+        """``compiled`` without the outputs that are index losses, which are kept until the next call of the model."""
+        if not losses:
+            return compiled
+
+        def run(*args: Any) -> Any:
+            outputs = compiled(*args)
+            own = len(outputs) - len(losses)
+            self.index_losses.update(zip(losses, outputs[own:], strict=True))
+            return outputs[:own]
+
+        return run
 
     def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if self.inner == "eager":
@@ -163,6 +204,82 @@ class BudgetBackend(MSABackend):
                     for user in list(node.users):
                         user.kwargs = {**user.kwargs, "dense_below": below}
             body.recompile()
+
+
+class ExaminingBackend(MSABackend):
+    """Records what there is to rewrite, and runs every graph as it is."""
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Examine one graph."""
+        if self.model is not None:
+            restore_paths(gm, self.model)
+        self.records.append(run_passes(gm, self.config, self.windows, rewrite=False).record)
+        return gm.forward  # type: ignore[no-any-return]
+
+
+class ObservingBackend(MSABackend):
+    """Graphs that show every call of a site with an index branch to an observer; nothing is compiled further.
+
+    They are run without gradients, and have gradients for the index branches alone: what an observer does with them is
+    over before the next site is computed.
+
+    Args:
+        observer: Called with each call, on the way.
+        is_sparse: Whether attention itself selects blocks, by what the branches are now; otherwise it is dense.
+    """
+
+    def __init__(
+        self,
+        config: MSAConfig,
+        model: nn.Module,
+        windows: dict[str, int],
+        expected: Collection[str],
+        observer: Observer,
+        *,
+        is_sparse: bool,
+    ) -> None:
+        every = replace(config, dense_below=0)
+        super().__init__(every, "eager", model=model, windows=windows, expected=expected)
+        self.learns = True  # but no losses: the observer makes its own
+        self._observer = observer
+        self._dense_below = 0 if is_sparse else _ALWAYS_DENSE
+
+    def _has_losses(self) -> bool:
+        return False
+
+    def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        for body in graphs_in(gm):
+            branches: dict[str, dict[str, Node]] = {}
+            for node in body.graph.nodes:
+                if BRANCH in node.meta:
+                    name, part = node.meta[BRANCH]
+                    branches.setdefault(name, {})[part] = node
+            for node in [node for node in body.graph.nodes if SITE in node.meta]:
+                self._watch(body.graph, node, branches.get(node.meta[SITE]))
+            body.recompile()
+        return gm
+
+    def _watch(self, graph: Graph, select: Node, branch: Mapping[str, Node] | None) -> None:
+        attention = next(node for node in select.users if node.target is torch.ops.msa.block_sparse_attention.default)
+        bounds = {name: value for name, value in select.kwargs.items() if name not in (*_BUDGET, "dense_below")}
+        budget = {name: select.kwargs[name] for name in _BUDGET}
+        factors = {name: attention.kwargs[name] for name in ("scale", "softcap", "sinks")}
+        for node in (select, attention):
+            node.kwargs = {**node.kwargs, "dense_below": self._dense_below}
+        if branch is None:
+            return
+        with graph.inserting_before(branch["hidden"]):
+            graph.call_function(set_grad_enabled, (True,))
+        with graph.inserting_before(select):
+            graph.call_function(set_grad_enabled, (False,))
+
+        def observe(*operands: Any) -> None:
+            self._observer(SiteCall(*operands))
+
+        with graph.inserting_before(attention):
+            plain = (branch["hidden"], branch["query"], branch["key"])
+            operands = (*plain, *select.args[:2], *attention.args[:3])
+            graph.call_function(observe, (select.meta[SITE], *operands, budget, bounds, factors))
 
 
 def _index_inputs(result: PassResult) -> list[Any]:

@@ -12,6 +12,7 @@ from msa_compile.errors import ConfigError, UnknownOptionError
 
 MAX_BLOCK_SIZE = 65536
 INDEXERS = ("auto", "keys", "learned")
+FALLBACKS = ("keys", "dense")
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class MSAConfig:
         sink_blocks: Blocks that are always selected, counted from the row's first; `local_blocks + sink_blocks` may not
             exceed `topk_blocks`.
         indexer: `"keys"` scores a block by the group's mean attention logit and has no parameters. `"learned"` gives
-            each site the paper's Index Branch, `module.indexer`, and selects by it whether or not it was trained; a
-            site for which that is not proved scores with `"keys"`. `"auto"` takes the best indexer that the site has,
-            which is `"keys"` for a site without a calibrated one.
+            each site the paper's Index Branch, `module.indexer`, and selects by it, trained or not, until
+            :func:`msa_compile.calibrate` has judged it; a site for which a branch is not proved scores with `"keys"`.
+            `"auto"` takes the best indexer that the site has, which is `"keys"` for a site without a calibrated one.
         include: Globs over module paths, such as `"model.layers.*.self_attn"`; one string is one glob. `*` also matches
             dots.
         exclude: Globs over module paths that stay dense; they win over `include`.
@@ -49,6 +50,8 @@ class MSAConfig:
         strict: Whether a site that is meant but has to stay dense is an error.
         budgets: `topk_blocks` of single sites, by glob over module paths; of several that match, the first counts. A
             dict becomes a tuple of pairs. :func:`msa_compile.fit_budget` finds them.
+        fallback: What becomes of a site whose index branch :func:`msa_compile.calibrate` trained and found not good
+            enough: `"keys"` selects by the keys, `"dense"` leaves the site dense.
 
     Raises:
         ConfigError: A field is outside its legal range.
@@ -64,6 +67,7 @@ class MSAConfig:
     dense_below: int | Literal["auto"] = "auto"
     strict: bool = False
     budgets: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
+    fallback: Literal["keys", "dense"] = "keys"
 
     def __post_init__(self) -> None:
         self._check_int("block_size", 1, MAX_BLOCK_SIZE)
@@ -73,6 +77,9 @@ class MSAConfig:
         indexer: object = self.indexer
         if not (isinstance(indexer, str) and indexer in INDEXERS):
             self._refuse("indexer", f"one of {_quoted(INDEXERS)}")
+        fallback: object = self.fallback
+        if not (isinstance(fallback, str) and fallback in FALLBACKS):
+            self._refuse("fallback", f"one of {_quoted(FALLBACKS)}")
         # The record is frozen for its readers; globs are brought to one form before anybody reads them.
         object.__setattr__(self, "include", self._globs("include"))
         object.__setattr__(self, "exclude", self._globs("exclude"))

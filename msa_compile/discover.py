@@ -161,24 +161,37 @@ def sparse_owners(sites: Sequence[Site]) -> list[str]:
     return list(dict.fromkeys(site.name.split(":")[0] for site in sites if site.decision == "sparse"))
 
 
-def insert_index_branches(model: nn.Module, discovery: Discovery) -> None:
-    """Give each site for which a learned indexer was proved an index branch, to be used as it is."""
+def insert_index_branches(model: nn.Module, discovery: Discovery, *, is_forced: bool = True) -> list[nn.Module]:
+    """Give each site for which a learned indexer was proved an index branch.
+
+    Args:
+        model: The model.
+        discovery: What was found in it, with learned indexers planned.
+        is_forced: Whether branches are used as they are; a warning says so where they are not trained.
+
+    Returns:
+        The modules that have one now and had none.
+    """
     untrained = 0
+    inserted = []
     for row in discovery.sites:
         if row.indexer != "learned" or discovery.carriers.get(row.name) != row.name:
             continue
         owner = model.get_submodule(row.name)
+        is_new = INDEXER not in owner._modules
         sizes = (row.hidden_size, row.key_value_heads, row.head_dim)
-        if not insert_index_branch(owner, *sizes, is_forced=True):
+        if not insert_index_branch(owner, *sizes, is_forced=is_forced):
             log.warning("%s has no room for an index branch and scores with keys", row.name or "<root>")
             continue
+        inserted += [owner] if is_new else []
         untrained += not owner.get_submodule(INDEXER).is_calibrated
-    if untrained:
+    if untrained and is_forced:
         log.warning(
             '%d index branches are not trained, and indexer="learned" selects blocks by them all the same: what the '
-            "model says beyond its budget means nothing until they are",
+            "model says beyond its budget means nothing until they are; msa_compile.calibrate trains them",
             untrained,
         )
+    return inserted
 
 
 def check_any_sparse(records: Sequence[GraphRecord]) -> None:

@@ -131,3 +131,19 @@ class ExportMismatchError(MSAError, RuntimeError):
 
 class ExportWriteError(MSAError, OSError):
     """Raised when an artifact cannot be written; no part of it is left."""
+
+
+class CalibrateArgumentError(MSAError, ValueError):
+    """Raised when `calibrate` is given a number, a name or data outside the legal range."""
+
+
+class NothingToCalibrateError(MSAError, ValueError):
+    """Raised when no site of a model can have an index branch to train; the reasons are in the message."""
+
+
+class NoIndexLossError(MSAError, RuntimeError):
+    """Raised when `index_loss` is asked for and the last call of the model left none to train with."""
+
+
+class CheckpointError(MSAError, ValueError):
+    """Raised when the checkpoint of a calibration cannot be read, or belongs to another run."""

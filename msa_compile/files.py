@@ -10,6 +10,7 @@ from torch import nn
 
 from msa_compile.adapter import check_adapter, insert_adapter, read_adapter, write_adapter
 from msa_compile.api import Model, SparseDoor, require_door, sparsify
+from msa_compile.calibrate.result import SiteCalibration
 from msa_compile.discover import candidate_inputs
 from msa_compile.errors import ExampleInputsError, ExportIndexerError
 from msa_compile.export.export_model import export_model
@@ -32,7 +33,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
     """
     door = require_door(model)
     assert isinstance(door, SparseDoor), "there is one kind of door"
-    write_adapter(model, door.config, folder)
+    calibration = {name: site.to_dict() for name, site in door.calibration.items()}
+    write_adapter(model, door.config, folder, calibrated=door.calibrated, calibration=calibration)
 
 
 def load(model: Model, folder: str | Path, *, example_inputs: Any = None) -> Model:
@@ -59,6 +61,8 @@ def load(model: Model, folder: str | Path, *, example_inputs: Any = None) -> Mod
         door = door_of(model)
     assert isinstance(door, SparseDoor), "there is one kind of door"
     insert_adapter(adapter, model, is_forced=door.config.indexer == "learned")
+    door.calibrated = adapter.calibrated
+    door.calibration = {name: SiteCalibration.from_dict(said) for name, said in adapter.calibration.items()}
     return model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -27,6 +27,8 @@ class Report:
         sparsified: Whether the model is sparsified now.
         evaluated: What the last :func:`msa_compile.evaluate` found, in a line; ``""`` before there was one.
         missed_selections: How often a site with a learned indexer had to score with ``"keys"`` for want of index keys.
+        calibrated: What the last :func:`msa_compile.calibrate` did, in a line; ``""`` before there was one.
+        calibration: What it found, by site.
     """
 
     sites: tuple[Site, ...]
@@ -36,6 +38,8 @@ class Report:
     sparsified: bool
     evaluated: str = ""
     missed_selections: int = 0
+    calibrated: str = ""
+    calibration: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sparse(self) -> tuple[Site, ...]:
@@ -70,11 +74,13 @@ class Report:
             "sparsified": self.sparsified,
             "evaluated": self.evaluated,
             "missed_selections": self.missed_selections,
+            "calibrated": self.calibrated,
+            "calibration": dict(self.calibration),
             "flops": {length: list(self.flops(length)) for length in LENGTHS},
         }
 
     def __str__(self) -> str:
-        cells = [_cells(site, self.config) for site in self.sites]
+        cells = [_cells(site, self.config, self.calibration.get(site.name, "")) for site in self.sites]
         text = _rich_table(cells) if importlib.util.find_spec("rich") else _plain_table(cells)
         lines = [*self._reasons(), *self._settings(), *self._indexers(), *self._savings()]
         return "\n".join([self._headline(), text.rstrip(), *lines])
@@ -104,10 +110,11 @@ class Report:
 
     def _indexers(self) -> list[str]:
         learned = sum(site.indexer == "learned" for site in self.sparse)
+        said = [f"  {self.calibrated}"] if self.calibrated else []
         if not learned:
-            return []
+            return said
         missed = f", {self.missed_selections} selections of theirs by keys" if self.missed_selections else ""
-        return [f"  {learned} of {len(self.sparse)} sparse rows select by a learned indexer{missed}"]
+        return [*said, f"  {learned} of {len(self.sparse)} sparse rows select by a learned indexer{missed}"]
 
     def _savings(self) -> list[str]:
         lines = ["attention FLOPs of one prefill (products only), dense -> as decided:"]
@@ -142,6 +149,8 @@ def build_report(
     sparsified: bool,
     evaluated: str = "",
     missed_selections: int = 0,
+    calibrated: str = "",
+    calibration: Mapping[str, str] | None = None,
 ) -> Report:
     """Put the records of all graphs together; equal rows of different graphs become one."""
     rows: dict[Site, tuple[int, ...]] = {}
@@ -153,18 +162,27 @@ def build_report(
             rows[key] = (*rows.get(key, ()), index)
     sites = tuple(replace(site, graph=where) for site, where in rows.items())
     return Report(
-        sites, config, graphs, sum(dense_calls.values()), sparsified, evaluated, missed_selections=missed_selections
+        sites,
+        config,
+        graphs,
+        sum(dense_calls.values()),
+        sparsified,
+        evaluated,
+        missed_selections=missed_selections,
+        calibrated=calibrated,
+        calibration=calibration or {},
     )
 
 
 _COLUMNS = ("site", "source", "form", "Hq/Hkv/D", "mask", "decision", "why")
 
 
-def _cells(site: Site, config: MSAConfig) -> tuple[str, ...]:
+def _cells(site: Site, config: MSAConfig, calibration: str = "") -> tuple[str, ...]:
     why = site.detail if site.reason is None else f"{site.reason.value}: {site.detail}"
     own = config.for_site(site.name).topk_blocks
     if site.decision == "sparse" and own != config.topk_blocks:
         why += f"; {own} blocks"
+    why += f"; {calibration}" if calibration else ""
     heads = f"{site.query_heads}/{site.key_value_heads or '?'}/{site.head_dim}"
     return (site.name or "<root>", site.source, site.form, heads, site.mask, site.decision, why)
 

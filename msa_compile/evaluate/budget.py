@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import nn
 
+from msa_compile.batches import Batch, check_iterable, logits_of, nothing_counts, quiet, read_batch
 from msa_compile.config import MSAConfig
 from msa_compile.errors import BudgetNotMetError, EvaluateArgumentError
-from msa_compile.evaluate.batches import Batch, check_iterable, logits_of, nothing_counts, quiet, read_batch
 from msa_compile.evaluate.compare import sum_of_nll
 from msa_compile.evaluate.fitted import BudgetFit, FrontierPoint, LayerBudget, frontier_table
 from msa_compile.evaluate.run import Pair

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from msa_compile.batches import IGNORED, Batch
 from msa_compile.errors import BatchError, EvaluateArgumentError, NonFiniteError
-from msa_compile.evaluate.batches import IGNORED, Batch
 from msa_compile.evaluate.result import Bucket
 
 # Elements of one model's logits that are held in float32 at once; a chunk of positions is sized to it.

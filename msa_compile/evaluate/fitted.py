@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from msa_compile.config import MSAConfig
-from msa_compile.evaluate.pictures import new_figure, save_figure
+from msa_compile.pictures import new_figure, save_figure
 from msa_compile.table import to_table
 
 DENSE = "dense"

@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from msa_compile.batches import Batch
 from msa_compile.errors import EvaluateArgumentError
-from msa_compile.evaluate.batches import Batch
 from msa_compile.evaluate.compare import rows_of
 from msa_compile.evaluate.result import ProbeResult
 from msa_compile.evaluate.sentences import encoder, spell

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from msa_compile.batches import Batch, check_iterable, logits_of, nothing_counts, quiet, read_batch
 from msa_compile.config import MSAConfig
-from msa_compile.evaluate.batches import Batch, check_iterable, logits_of, nothing_counts, quiet, read_batch
 from msa_compile.evaluate.compare import ByPosition
 from msa_compile.evaluate.probes import ProbePlan, run_probes
 from msa_compile.evaluate.result import Evaluation, ProbeResult

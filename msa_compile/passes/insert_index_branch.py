@@ -23,6 +23,9 @@ from msa_compile.passes.trace_key_store import Store
 aten = torch.ops.aten
 _EPS = 1e-6  # IndexNorm's
 
+# Metadata of the nodes of an index branch that others look for: the name of its site, and which one it is.
+BRANCH = "msa_index_branch"
+
 
 @dataclass(frozen=True)
 class IndexNodes:
@@ -41,7 +44,7 @@ class IndexNodes:
     is_handed_in: bool
 
 
-def insert_index_branch(emit: Emitter, plan: IndexPlan, name: str, groups: int) -> IndexNodes:
+def insert_index_branch(emit: Emitter, plan: IndexPlan, name: str, groups: int, *, learns: bool) -> IndexNodes:
     """Compute index queries and keys of this call, and join them to those of earlier calls.
 
     Args:
@@ -49,14 +52,19 @@ def insert_index_branch(emit: Emitter, plan: IndexPlan, name: str, groups: int) 
         plan: What was proved.
         name: Site name.
         groups: ``Hkv``.
+        learns: Whether the weights may get gradients; the hidden state gets none in any case.
     """
-    query_weight, key_weight, query_gain, key_gain = (emit(aten.detach.default, node) for node in plan.weights)
+    hidden = emit(aten.detach.default, plan.hidden)
+    hidden.meta[BRANCH] = (name, "hidden")
+    weights = plan.weights if learns else tuple(emit(aten.detach.default, node) for node in plan.weights)
+    query_weight, key_weight, query_gain, key_gain = weights
     dtype = query_weight.meta["val"].dtype
-    hidden = _cast(emit, emit(aten.detach.default, plan.hidden), dtype)
+    hidden = _cast(emit, hidden, dtype)
     query = emit(aten.unflatten.int, emit(aten.linear.default, hidden, query_weight), -1, [groups, -1])
     key = emit(aten.unsqueeze.default, emit(aten.linear.default, hidden, key_weight), 2)
-    query = _turned(emit, plan, _normalised(emit, query, query_gain, dtype), groups)
-    key = _turned(emit, plan, _normalised(emit, key, key_gain, dtype), groups)
+    query, key = _normalised(emit, query, query_gain, dtype), _normalised(emit, key, key_gain, dtype)
+    query.meta[BRANCH], key.meta[BRANCH] = (name, "query"), (name, "key")
+    query, key = _turned(emit, plan, query, groups), _turned(emit, plan, key, groups)
     query, key = _cast(emit, query, dtype), _cast(emit, key, dtype)
     if plan.cache.store is not None:
         return _stored(emit, plan, plan.cache.store, name, query, key)

@@ -19,6 +19,7 @@ from msa_compile.passes.detect_attention import detect_attention
 from msa_compile.passes.eliminate_dead_code import eliminate_dead_code
 from msa_compile.passes.plan_index import markers_of, plan_indexers
 from msa_compile.passes.plan_sites import plan_sites
+from msa_compile.passes.return_losses import return_losses
 from msa_compile.passes.rewrite_attention import rewrite_attention
 from msa_compile.passes.verify_graph import verify_graph
 from msa_compile.records import GraphRecord, Reason, Site
@@ -34,11 +35,13 @@ class PassResult:
         module: The graph.
         record: What was found and done.
         bindings: Index keys that it takes in behind its inputs and hands out behind its outputs.
+        losses: Sites whose index losses it hands out behind those.
     """
 
     module: GraphModule
     record: GraphRecord
     bindings: tuple[IndexBinding, ...] = ()
+    losses: tuple[str, ...] = ()
 
 
 def run_passes(
@@ -49,6 +52,8 @@ def run_passes(
     after: str = "",
     rewrite: bool = True,
     owner: int = 0,
+    learns: bool = False,
+    has_losses: bool = False,
 ) -> PassResult:
     """Canonicalize a captured graph, find its attention, and make it sparse.
 
@@ -59,6 +64,8 @@ def run_passes(
         after: The graph break that this graph comes after, ``GraphRecord.graph_break`` of the one before.
         rewrite: Whether to rewrite, or only to report; then nothing is measured either.
         owner: Number of the compiled model, under which calls that turn out dense at run time are counted.
+        learns: Whether gradients may reach the weights of index branches.
+        has_losses: Whether the graph returns the losses of index branches.
 
     Raises:
         CaptureError: If the graph cannot be brought into the canonical form.
@@ -73,10 +80,12 @@ def run_passes(
     sites: list[Site] = []
     bindings: list[IndexBinding] = []
     for body in _bodies(canonical):
-        found, bound = _run_on_body(body, config, windows, owner if rewrite else None, is_body=body is not canonical)
+        number, options = owner if rewrite else None, {"learns": learns, "has_losses": has_losses}
+        found, bound = _run_on_body(body, config, windows, number, is_body=body is not canonical, **options)
         sites += found
         bindings += bound
-    verify_graph(canonical, gm, bindings)
+    losses = return_losses(canonical)
+    verify_graph(canonical, gm, bindings, losses)
     broken = _break_of(gm)
     record = GraphRecord(
         sites=tuple(_with_breaks(_numbered(sites), after, broken)),
@@ -93,11 +102,18 @@ def run_passes(
         record.retrace_seconds,
         record.passes_seconds,
     )
-    return PassResult(canonical, record, tuple(bindings))
+    return PassResult(canonical, record, tuple(bindings), losses)
 
 
 def _run_on_body(
-    body: GraphModule, config: MSAConfig, windows: dict[str, int], owner: int | None, *, is_body: bool
+    body: GraphModule,
+    config: MSAConfig,
+    windows: dict[str, int],
+    owner: int | None,
+    *,
+    is_body: bool,
+    learns: bool,
+    has_losses: bool,
 ) -> tuple[list[Site], list[IndexBinding]]:
     plans = plan_sites(detect_attention(body.graph), config, windows, measure=owner is not None)
     indexed = plan_indexers(body.graph, plans, config, is_body=is_body, needs_weights=owner is not None)
@@ -107,7 +123,8 @@ def _run_on_body(
             assert found.proved is not None, "a sparse site is proved"
             assert site.dense_below is not None, "a sparse site has its dense threshold"
             own, threshold = config.for_site(site.name), site.dense_below.keys
-            bound = rewrite_attention(body.graph, found.proved, site.name, own, threshold, owner, index)
+            gradients = {"learns": learns, "has_loss": has_losses}
+            bound = rewrite_attention(body.graph, found.proved, site.name, own, threshold, owner, index, **gradients)
             bindings += [] if bound is None else [bound]
     sites = [site for _, site, _ in indexed]
     _erase_markers(body, {site.name.split(":")[0] for site in sites})

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-import msa_compile.kernels.given_mask  # noqa: F401  (registers the msa ops)
+import msa_compile.kernels.given_mask
+import msa_compile.kernels.index_loss  # noqa: F401
 from msa_compile.config import MSAConfig
 from msa_compile.index_keys import IndexBinding
 from msa_compile.passes.detect_attention import Proved
@@ -18,6 +19,7 @@ from msa_compile.passes.plan_index import IndexPlan
 aten = torch.ops.aten
 
 SITE = "msa_site"  # metadata of a `select_blocks` node: the name of its site
+LOSS = "msa_index_loss"  # metadata of the loss of an index branch: the name of its site
 
 
 def rewrite_attention(
@@ -28,6 +30,9 @@ def rewrite_attention(
     dense_below: int,
     owner: int,
     index: IndexPlan | None = None,
+    *,
+    learns: bool = False,
+    has_loss: bool = False,
 ) -> IndexBinding | None:
     """Replace one proved attention in ``graph`` by the MSA ops; the old nodes stay, without users.
 
@@ -39,6 +44,8 @@ def rewrite_attention(
         dense_below: Calls with at most this many keys run dense; an argument of the ops too.
         owner: Number of the compiled model.
         index: The index branch to select by; the keys themselves without one.
+        learns: Whether gradients may reach the weights of the index branch.
+        has_loss: Whether the graph computes the loss of the index branch, on the blocks that it selects.
 
     Returns:
         How index keys of earlier calls come in and go out, where there are such.
@@ -49,7 +56,7 @@ def rewrite_attention(
     position, bias = _positions(emit, proved, query)
     shared: dict[str, Any] = {"block_size": config.block_size, "dense_below": dense_below, **position}
     budget = {"topk": config.topk_blocks, "local_blocks": config.local_blocks, "sink_blocks": config.sink_blocks}
-    branch = None if index is None else insert_index_branch(emit, index, name, proved.key.count)
+    branch = None if index is None else insert_index_branch(emit, index, name, proved.key.count, learns=learns)
     if branch is None:
         by_keys = _group_mean(emit, query, proved.key.count)
         block_ids = emit(torch.ops.msa.select_blocks.default, by_keys, key, **budget, **shared)
@@ -59,6 +66,12 @@ def rewrite_attention(
         operands = (branch.query, branch.key, _group_mean(emit, query, proved.key.count), key)
         block_ids = emit(torch.ops.msa.select_blocks_if_fresh.default, *operands, name, owner, **budget, **shared)
     block_ids.meta[SITE] = name
+    if has_loss and branch is not None:
+        bounds = {name: value for name, value in shared.items() if name != "dense_below"}
+        operands = (branch.query, branch.key, query, key, block_ids)
+        factors = {"scale": attention.scale, "softcap": attention.softcap}
+        loss = emit(torch.ops.msa.index_loss.default, *operands, **factors, **bounds)
+        emit.item(loss, 0).meta[LOSS] = name
     sinks = None if attention.sinks is None else emit.sinks(attention.sinks)
     out = emit(
         torch.ops.msa.block_sparse_attention.default,

@@ -8,9 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from msa_compile.calibrate import align_loss as module
-from msa_compile.calibrate.align_loss import Support, align_loss, align_sums
 from msa_compile.kernels import select_blocks
+from msa_compile.kernels.index_loss import align_loss as module
+from msa_compile.kernels.index_loss.align_loss import Support, align_loss, align_sums
 
 B, HKV, G, D, DH, T = 2, 2, 3, 8, 5, 29
 

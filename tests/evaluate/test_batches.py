@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from msa_compile import errors
-from msa_compile.evaluate.batches import IGNORED, check_iterable, logits_of, quiet, read_batch
+from msa_compile.batches import IGNORED, check_iterable, logits_of, quiet, read_batch
 
 IDS = torch.tensor([[11, 12, 13, 14], [21, 22, 23, 24]])
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from msa_compile import errors
+from msa_compile.batches import IGNORED, read_batch
 from msa_compile.evaluate import compare
-from msa_compile.evaluate.batches import IGNORED, read_batch
 from msa_compile.evaluate.compare import ByPosition, check_edges, compare_logits, default_edges, sum_of_nll
 
 VOCAB = 11

@@ -9,7 +9,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="the demo needs the hf extra")
 pyplot = pytest.importorskip("matplotlib.pyplot", reason="the demo needs the viz extra")
 
-from examples import as_backend, demo, hand_written  # noqa: E402
+from examples import as_backend, calibrate_and_generate, demo, hand_written  # noqa: E402
 
 SMALL = ("--inner", "eager", "--threads", "1", "--context", "128", "--block-size", "16", "--windows", "2")
 
@@ -48,6 +48,8 @@ def test_demo_trains_compares_and_draws(tmp_path, capsys):
     assert rows["2 blocks of 16"][1] != rows["dense"][1]
     assert "although the model is sparsified: 0" in printed
     assert "2 sparse and 0 dense rows" in printed
+    assert "calibrated in 4 steps" in printed
+    assert float(re.search(r"^calibrated, perplexity on the same windows: (\S+)$", printed, re.MULTILINE)[1]) > 1
     assert re.search(r"the first \d+ of \d+ tokens are the same", printed)
     assert str(out) in printed
     number = r"[\d.e+]+ ms"
@@ -111,6 +113,17 @@ def test_hand_written_model_is_made_sparse(capsys):
     dense, sparse = (re.search(rf"^{name}: +\[(.*)\]$", printed, re.MULTILINE)[1] for name in ("dense", "sparse"))
     assert len(dense.split(",")) == len(sparse.split(",")) == 20
     assert "although the model is sparsified: 0" in printed
+
+
+def test_branches_are_calibrated_and_generate(tmp_path, capsys):
+    plot = tmp_path / "calibration.png"
+    arguments = ["--small", "--inner", "eager", "--context", "128", "--topk", "2", "--min-mass-ratio", "0"]
+    assert calibrate_and_generate.main([*arguments, "--plot", str(plot)]) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 2 sites select by their index branch" in printed
+    assert "dense calls: 0, selections without index keys: 0" in printed
+    assert "another copy of the base has the same decisions: True" in printed
+    assert pyplot.imread(plot).shape[0] > 300
 
 
 def test_backend_and_function_agree(capsys):

@@ -51,7 +51,7 @@ def _run(
     """
     bounds = (query_start, key_start, key_end, document_start, mask)
     operands = (index_query, index_key)
-    if key.shape[2] > dense_below and _sees_unwritten(index_key, query.shape[2], *bounds, is_causal=is_causal):
+    if key.shape[2] > dense_below and sees_unwritten(index_key, query.shape[2], *bounds, is_causal=is_causal):
         operands = (query, key)
         with _lock:
             is_first = all(other != owner for other, _ in missed_selections)
@@ -70,7 +70,7 @@ def _run(
     return chosen
 
 
-def _sees_unwritten(
+def sees_unwritten(
     index_key: Tensor,
     queries: int,
     query_start: Tensor | None,

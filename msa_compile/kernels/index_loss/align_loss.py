@@ -180,6 +180,12 @@ def align_sums(
     return AlignSums(totals.loss, totals.queries, totals.of_query, totals.of_key)
 
 
+def sees_itself(query_length: int, key_length: int, device: torch.device, **bounds: Any) -> Tensor:
+    """Which queries see their own slot, bool `[B|1, Tq]`: the others are padding. `bounds` as of `Support`."""
+    seen = find_visibility(query_length=query_length, key_length=key_length, device=device, **bounds)
+    return seen.of_slots(seen.position[:, None, :, None])[..., 0].any(1)
+
+
 @dataclass(frozen=True, slots=True)
 class _Problem:
     """One call, as it was given but for `query`.
