@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from msa_compile.kernels import block_sparse_attention
 
@@ -50,13 +51,14 @@ def attention_mass(query: Tensor, key: Tensor, block_size: int, rows: Tensor | N
     groups, length, width = key.shape[1:]
     places = torch.arange(length, device=key.device) if rows is None else rows
     heads = query.unflatten(1, (groups, -1))
-    padded = -length % block_size
+    blocks = -(-length // block_size)
     parts = []
     for part in places.split(CHUNK):
-        logits = heads[:, :, :, part] @ key[:, :, None].transpose(-1, -2) * width**-0.5
-        logits = logits.masked_fill(torch.arange(length, device=key.device) > part[:, None], -math.inf)
-        probability = logits.softmax(-1).mean(2)
-        parts.append(torch.nn.functional.pad(probability, (0, padded)).unflatten(-1, (-1, block_size)).sum(-1))
+        seen = int(part.max()) + 1
+        logits = heads[:, :, :, part] @ key[:, :, None, :seen].transpose(-1, -2) * width**-0.5
+        logits = logits.masked_fill(torch.arange(seen, device=key.device) > part[:, None], -math.inf)
+        probability = F.pad(logits.softmax(-1).mean(2), (0, blocks * block_size - seen))
+        parts.append(probability.unflatten(-1, (blocks, block_size)).sum(-1))
     return torch.cat(parts, dim=2)
 
 

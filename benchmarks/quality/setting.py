@@ -31,10 +31,10 @@ class Setting:
     training: Training = field(default_factory=Training)
     block_size: int = 16
     shares: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
-    texts: int = 12
+    texts: int = 8
     prompts: int = 8
     judged: int = 4
-    calibration_steps: int = 300
+    calibration_steps: int = 200
     seeds: tuple[int, ...] = (0, 1, 2)
 
     def topk(self, share: int) -> int:

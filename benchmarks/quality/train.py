@@ -29,10 +29,10 @@ class Training:
         stages: Up to which share of the steps sequences have which length.
     """
 
-    steps: int = 1000
+    steps: int = 900
     tokens: int = 4096
     peak: float = 3e-3
-    stages: tuple[tuple[float, int], ...] = ((0.35, 256), (0.5, 512), (0.65, 1024), (1.0, 2048))
+    stages: tuple[tuple[float, int], ...] = ((0.4, 256), (0.55, 512), (0.7, 1024), (1.0, 2048))
 
     def length(self, step: int) -> int:
         """Tokens of the sequences of a step."""
