@@ -13,7 +13,7 @@ import argparse
 import datetime
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,12 +24,12 @@ from benchmarks.quality.calibrated import calibrate_once
 from benchmarks.quality.draw import draw_curves, draw_maps
 from benchmarks.quality.judge import Choice, Judge
 from benchmarks.quality.measure import Exam, Row, examine
-from benchmarks.quality.model import LanguageModel
+from benchmarks.quality.model import LanguageModel, count_parameters
 from benchmarks.quality.piece import Piece, TimeIsUp, keep
 from benchmarks.quality.setting import TOY, Setting
 from benchmarks.quality.subjects import CALIBRATED, DENSE, SELECTORS, selecting
 from benchmarks.quality.train import train
-from benchmarks.quality.write import GOAL_SHARE, Results, describe, write
+from benchmarks.quality.write import GOAL_SHARE, Results, write
 from examples.byte_model import load_corpus
 from msa_compile.kernels.break_even import cpu_name
 
@@ -37,32 +37,38 @@ UNFINISHED = 75  # exit status: call again
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, or go on."""
+    """Run, or go on; what there is of results is written either way."""
     options = _parse(argv)
     setting = TOY if options.toy else Setting()
     setting = replace(setting, seeds=tuple(options.seeds or setting.seeds))
-    options.out.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    maps: list[Choice] = []
     try:
-        results = run(setting, options.keep, options.out, Piece(options.stop_after))
+        for found in run(setting, options.keep, Piece(options.stop_after)):
+            (maps if isinstance(found, Choice) else rows).append(found)
+        status = 0
     except TimeIsUp:
         print("time is up; the same command goes on from here")
-        return UNFINISHED
-    for path in write(results, setting, options.out):
-        print(f"wrote {path}")
-    return 0
+        status = UNFINISHED
+    if rows:
+        for path in _write(rows, maps, setting, options.out):
+            print(f"wrote {path}")
+    return status
 
 
-def run(setting: Setting, kept: Path, out: Path, piece: Piece) -> Results:
-    """Train, calibrate and measure, each where an earlier run did not; draw."""
+def run(setting: Setting, kept: Path, piece: Piece) -> Iterator[Row | Choice]:
+    """Train, calibrate and measure, each where an earlier run did not.
+
+    Yields:
+        Every row; and after those of the first seed, what each layer chooses in one window.
+    """
     corpus = load_corpus()
     exam = Exam.on(
         corpus.held_out, setting.size.context, texts=setting.texts, prompts=setting.prompts, judged=setting.judged
     )
-    rows: list[Row] = []
     for seed in setting.seeds:
-        model = train(
-            setting.size, setting.training, corpus.train, seed, kept / f"model-{setting.of_models}-{seed}.pt", piece
-        )
+        weights = kept / f"model-{setting.of_models}-{seed}.pt"
+        model = train(setting.size, setting.training, corpus.train, seed, weights, piece)
         indexers = kept / f"indexers-{setting.of_indexers}-{seed}"
         folder = kept / f"rows-{setting.of_rows}-{seed}"
         for selector in (DENSE, *SELECTORS):
@@ -70,24 +76,9 @@ def run(setting: Setting, kept: Path, out: Path, piece: Piece) -> Results:
                 calibrate_once(model, setting, corpus, indexers, seed)
             for share in (1,) if selector == DENSE else setting.shares:
                 piece.check()
-                rows.append(_row(model, setting, exam, selector, share, seed, indexers, folder))
+                yield _row(model, setting, exam, selector, share, seed, indexers, folder)
         if seed == setting.seeds[0]:
-            maps = _maps(model, setting, exam, indexers)
-    draw_maps(maps, setting.block_size, out / "quality_maps.png")
-    results = Results(
-        rows=tuple(rows),
-        machine={
-            "processor": cpu_name(),
-            "torch": torch.__version__,
-            "msa_compile": msa_compile.__version__,
-            "day": datetime.date.today().isoformat(),
-        },
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        pictures={"Measures against the budget": "quality.png", "Attention and what is chosen": "quality_maps.png"},
-        maps=describe(maps, setting.block_size),
-    )
-    draw_curves(results, out / "quality.png")
-    return results
+            yield from _maps(model, setting, exam, indexers)
 
 
 def _row(
@@ -135,6 +126,26 @@ def _maps(model: LanguageModel, setting: Setting, exam: Exam, indexers: Path) ->
     ):
         model(exam.recall.ids[:1])
     return judge.choices
+
+
+def _write(rows: Sequence[Row], maps: Sequence[Choice], setting: Setting, out: Path) -> list[Path]:
+    """The report and its pictures."""
+    out.mkdir(parents=True, exist_ok=True)
+    machine = {
+        "processor": cpu_name(),
+        "torch": torch.__version__,
+        "msa_compile": msa_compile.__version__,
+        "day": datetime.date.today().isoformat(),
+    }
+    results = Results(tuple(rows), machine, count_parameters(setting.size))
+    pictures = []
+    if results.shares:
+        pictures.append(out / "quality.png")
+        draw_curves(results, pictures[-1])
+    if maps:
+        pictures.append(out / "quality_maps.png")
+        draw_maps(maps, setting.block_size, pictures[-1])
+    return [*write(results, maps, setting, out, pictures), *pictures]
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

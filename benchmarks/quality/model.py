@@ -121,3 +121,9 @@ class LanguageModel(nn.Module):
         for layer in self.layers:
             x = layer(x, self.cos[:length], self.sin[:length])
         return F.linear(self.norm(x), self.embed.weight)
+
+
+def count_parameters(size: ModelSize) -> int:
+    """How many a model has."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in LanguageModel(size).parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,15 +47,11 @@ class Results:
         rows: Dense ones too.
         machine: Name of the processor, versions, day.
         parameters: Of a model.
-        pictures: Files to show, by what they show.
-        maps: What the attention maps show, in words.
     """
 
     rows: tuple[Row, ...]
     machine: Mapping[str, str]
     parameters: int
-    pictures: Mapping[str, str]
-    maps: tuple[str, ...]
 
     def of(self, selector: str, share: int) -> list[Row]:
         """The rows of a selector at a budget, one a seed."""
@@ -79,17 +76,18 @@ class Results:
         return sorted({row.share for row in self.rows if row.selector != DENSE})
 
 
-def write(results: Results, setting: Setting, folder: Path) -> list[Path]:
-    """Write ``quality.json`` and ``quality.md``."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write(
+    results: Results, maps: Sequence[Choice], setting: Setting, folder: Path, pictures: Sequence[Path]
+) -> list[Path]:
+    """Write ``quality.json`` and ``quality.md``, which shows the pictures."""
     data, text = folder / "quality.json", folder / "quality.md"
     rows = [row.to_dict() for row in results.rows]
     data.write_text(json.dumps({"machine": dict(results.machine), "rows": rows}, indent=1) + "\n")
-    text.write_text(to_markdown(results, setting))
+    text.write_text(to_markdown(results, maps, setting, [picture.name for picture in pictures]))
     return [data, text]
 
 
-def to_markdown(results: Results, setting: Setting) -> str:
+def to_markdown(results: Results, maps: Sequence[Choice], setting: Setting, pictures: Sequence[str]) -> str:
     """The report."""
     size, training = setting.size, setting.training
     seeds = sorted({row.seed for row in results.rows})
@@ -112,17 +110,19 @@ def to_markdown(results: Results, setting: Setting) -> str:
     )
     lines = [intro, "## Dense", "", *_dense_table(results, seeds), ""]
     lines += [f"## Goal, at 1/{GOAL_SHARE} of the keys", "", *_verdict(results), ""]
-    for title, picture in results.pictures.items():
-        lines += [f"![{title}]({picture})", ""]
+    for picture in pictures:
+        lines += [f"![{picture}]({picture})", ""]
     for share in results.shares:
         lines += [f"## 1/{share} of the keys: {setting.topk(share)} blocks a query", "", *_table(results, share), ""]
     lines += ["## Calibrated, layer by layer", "", *_layer_table(results), ""]
-    lines += ["## Attention maps", "", *results.maps]
+    lines += ["## Attention maps", "", *_map_table(maps, setting.block_size)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def describe(choices: Sequence[Choice], block_size: int) -> tuple[str, ...]:
-    """Sink, diagonal and stripes in the choices of each layer, as a table."""
+def _map_table(choices: Sequence[Choice], block_size: int) -> list[str]:
+    """Sink, diagonal and stripes in the choices of each layer."""
+    if not choices:
+        return ["Not drawn yet."]
     lines = [
         "One window with facts, first seed, calibrated. *First block*: share of the queries that chose it, where it is",
         "not their own. *Near*: of the other chosen blocks, own ones left out, those just before the own. *Shared*: of",
@@ -142,7 +142,7 @@ def describe(choices: Sequence[Choice], block_size: int) -> tuple[str, ...]:
         drawn = far.sum(-1) / (own - 1)  # [Hkv, Q], share of the blocks that there were
         by_chance = ((own - 1) * drawn.prod(0)).sum() / ((own - 1) * (1 - (1 - drawn).prod(0))).sum().clamp(min=1)
         lines.append(_line([layer, *(f"{float(part):.0%}" for part in (first, near, shared, by_chance))]))
-    return tuple(lines)
+    return lines
 
 
 def keeps_goal(results: Results, row: Row) -> bool:
@@ -184,14 +184,15 @@ def _verdict(results: Results) -> list[str]:
 
 def _breaking_point(results: Results, selector: str) -> str:
     """Up to which budget a selector keeps the goal in every seed, and how it goes on from there."""
-    kept: list[int] = []
-    for share in results.shares:
-        if not all(keeps_goal(results, row) for row in results.of(selector, share)):
-            break
-        kept.append(share)
+    measured = [share for share in results.shares if results.of(selector, share)]
+    kept = list(
+        itertools.takewhile(
+            lambda share: all(keeps_goal(results, row) for row in results.of(selector, share)), measured
+        )
+    )
     start = f"`{selector}` keeps perplexity and retrieval in every seed "
     start += f"down to 1/{kept[-1]} of the keys" if kept else "at no budget"
-    after = [share for share in results.shares if share not in kept]
+    after = measured[len(kept) :]
     steps = [
         f"1/{share}: perplexity {_mean(map(results.perplexity_ratio, results.of(selector, share))) - 1:+.1%}, "
         f"retrieval {_mean(map(results.kept_retrieval, results.of(selector, share))):.0%} of dense"
