@@ -45,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     maps: list[Choice] = []
     try:
         for found in run(setting, options.keep, Piece(options.stop_after)):
-            (maps if isinstance(found, Choice) else rows).append(found)
+            if isinstance(found, Choice):
+                maps.append(found)
+            else:
+                rows.append(found)
         status = 0
     except TimeIsUp:
         print("time is up; the same command goes on from here")
@@ -73,6 +76,7 @@ def run(setting: Setting, kept: Path, piece: Piece) -> Iterator[Row | Choice]:
         folder = kept / f"rows-{setting.of_rows}-{seed}"
         for selector in (DENSE, *SELECTORS):
             if selector == CALIBRATED:
+                piece.check()
                 calibrate_once(model, setting, corpus, indexers, seed)
             for share in (1,) if selector == DENSE else setting.shares:
                 piece.check()

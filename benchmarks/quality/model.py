@@ -115,6 +115,10 @@ class LanguageModel(nn.Module):
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
         nn.init.normal_(self.embed.weight, std=0.05)
 
+    def attentions(self) -> list[Attention]:
+        """Of each layer."""
+        return [module for module in self.modules() if isinstance(module, Attention)]
+
     def forward(self, ids: Tensor) -> Tensor:
         length = ids.shape[1]
         x = self.embed(ids) * self.embed.embedding_dim**0.5

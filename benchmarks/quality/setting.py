@@ -62,7 +62,7 @@ def _digest(*parts: object) -> str:
 
 
 TOY = Setting(
-    size=ModelSize(VOCABULARY, layers=2, hidden=32, query_heads=4, head_dim=16, context=128),
+    size=ModelSize(VOCABULARY, layers=1, hidden=32, query_heads=4, head_dim=16, context=128),
     training=Training(steps=6, tokens=256, stages=((0.5, 64), (1.0, 128))),
     block_size=8,
     shares=(2, 8),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -21,12 +22,12 @@ SELECTORS = (KEYS, RANDOM, CALIBRATED, *BLOCK_SCORES)
 def attending(model: LanguageModel, attend: Attend) -> Iterator[None]:
     """The model with another attention."""
     try:
-        for layer in model.layers:
-            layer.attention.attend = attend
+        for module in model.attentions():
+            module.attend = attend
         yield
     finally:
-        for layer in model.layers:
-            layer.attention.attend = attend_densely
+        for module in model.attentions():
+            module.attend = attend_densely
 
 
 @contextlib.contextmanager
@@ -50,7 +51,7 @@ def selecting(
         with attending(model, SelectedAttention(BLOCK_SCORES[selector], block_size, topk)):
             yield
         return
-    indexer = "keys" if selector == KEYS else "learned"
+    indexer: Literal["keys", "learned"] = "keys" if selector == KEYS else "learned"
     torch.manual_seed(seed)
     sparsify(model, MSAConfig(block_size=block_size, topk_blocks=topk, dense_below=0, indexer=indexer, strict=True))
     try:

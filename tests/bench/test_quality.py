@@ -96,9 +96,8 @@ def test_the_report_says_where_the_goal_is_missed():
     rows = [row(DENSE, 1, 4.0, 1.0)]
     rows += [row(KEYS, share, 4.01, 1.0) for share in (8, 16)]
     rows += [row(CALIBRATED, 8, 4.02, 1.0), row(CALIBRATED, 16, 4.2, 0.97)]
-    text = to_markdown(
-        Results(tuple(rows), dict.fromkeys(("processor", "torch", "msa_compile", "day"), "x"), 1, {}, ()), TOY
-    )
+    machine = dict.fromkeys(("processor", "torch", "msa_compile", "day"), "x")
+    text = to_markdown(Results(tuple(rows), machine, 1), [], TOY, [])
     assert "Perplexity within 1% of dense: no (in 0 of 1 seeds); worst seed +5.00%" in text
     assert "Retrieval not below `keys`: no (in 0 of 1 seeds); worst seed -3.0 points" in text
     assert f"`{CALIBRATED}` keeps perplexity and retrieval in every seed down to 1/8 of the keys" in text
