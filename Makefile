@@ -13,7 +13,7 @@ STAMP := .venv/.msa_compile_installed
 HAS_TORCH := import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench census grammar gate check fmt clean
+.PHONY: help demo test test-all bench quality census grammar gate check fmt clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ gate: $(STAMP) ## compile the Triton kernels for every GPU, without one (a few m
 
 bench: $(STAMP) ## time sparse attention against dense, behind a correctness gate; ARGS="--quick" or "--help"
 	$(BIN)/python -m benchmarks $(ARGS)
+
+quality: $(STAMP) ## train small models and compare what selectors find (about half an hour); ARGS="--toy"
+	$(BIN)/python -m benchmarks.quality $(ARGS)
 
 check: $(STAMP) ## style, types and import law; changes nothing
 	$(BIN)/ruff check .
