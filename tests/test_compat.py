@@ -271,3 +271,13 @@ def test_a_weak_tensor_dictionary_knows_the_object_and_lets_it_go():
     assert (states.get(one), states.get(equal), states.get(one.view(2))) == ("state", None, None)
     del one
     assert len(states) == 0
+
+
+def test_operators_that_are_made_of_others_are_decomposed_one_by_one():
+    table = _compat.composite_decompositions()
+    expand_as = torch.ops.aten.expand_as.default
+    assert expand_as in table
+    assert torch.ops.aten.add.Tensor not in table
+    assert torch.equal(table[expand_as](torch.ones(1), torch.zeros(3)), torch.ones(3))
+    found = _compat.get_decompositions([torch.ops.aten.masked_fill, torch.ops.aten.t])
+    assert {torch.ops.aten.masked_fill.Scalar, torch.ops.aten.t.default} <= set(found)

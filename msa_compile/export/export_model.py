@@ -7,12 +7,16 @@ from pathlib import Path
 
 from msa_compile.errors import ExportFormatError, MissingPackageError
 from msa_compile.export.capture import capture, check_examples
+from msa_compile.export.engine.require import require_tensorrt
+from msa_compile.export.engine.write_engine import write_engine
 from msa_compile.export.plan_call import Request, plan_call
 from msa_compile.export.records import ExportResult
 from msa_compile.export.write import written_whole
 from msa_compile.export.write_onnx import write_onnx
 
-SUFFIXES = {".onnx": "onnx"}
+SUFFIXES = {".onnx": "onnx", ".engine": "tensorrt"}
+# Formats that no suffix stands for: the same file, made in another way.
+OTHER_FORMATS = ("tensorrt_aot",)
 CACHES = ("none", "static", "explicit")
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
 
@@ -28,20 +32,26 @@ def export_model(request: Request, path: Path, format: str | None) -> ExportResu
     format = _format_of(path, format)
     if request.cache not in CACHES:
         raise ExportFormatError(f"cache={request.cache!r}; choose one of {', '.join(map(repr, CACHES))}")
-    _check_packages(format)
+    if format.startswith("tensorrt"):
+        require_tensorrt()
+    else:
+        _check_packages(format)
     call = plan_call(request)
     check_examples(call)
     expected = {site.name for site in request.sites if site.decision == "sparse"}
     sparse = capture(call, request.config, request.windows, expected)
     with written_whole(path) as temporary:
-        written = write_onnx(sparse, temporary, request.config)
+        if format.startswith("tensorrt"):
+            written = write_engine(sparse, temporary, request.config, is_python_free=format == "tensorrt_aot")
+        else:
+            written = write_onnx(sparse, temporary, request.config)
         files = sorted(temporary.parent.iterdir())
         size = sum(file.stat().st_size for file in files)
     return ExportResult(
         path=path,
         format=format,
-        inputs=sparse.inputs,
-        outputs=sparse.outputs,
+        inputs=written.inputs or sparse.inputs,
+        outputs=written.outputs or sparse.outputs,
         sites=sparse.sites,
         cache=request.cache,
         opset=written.opset,
@@ -55,7 +65,7 @@ def export_model(request: Request, path: Path, format: str | None) -> ExportResu
 
 def _format_of(path: Path, format: str | None) -> str:
     found = SUFFIXES.get(path.suffix) if format is None else format
-    if found is None or found not in SUFFIXES.values():
+    if found is None or found not in (*SUFFIXES.values(), *OTHER_FORMATS):
         known = ", ".join(f"{suffix} ({name})" for suffix, name in SUFFIXES.items())
         raise ExportFormatError(f"{path.name} with format={format!r}: end the path in one of {known}")
     return found
