@@ -141,7 +141,7 @@ def compiled_module_class() -> type[torch.nn.Module]:
     return OptimizedModule
 
 
-def composite_decompositions() -> dict[OpOverload, Callable[..., Any]]:
+def composite_decompositions() -> dict[Any, Callable[..., Any]]:
     """What each operator of aten that is made of others is made of."""
     return {op: _get_decomp_for_cia(op) for op in _collect_all_valid_cia_ops_for_aten_namespace()}
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
+from msa_compile.config import MSAConfig
 from msa_compile.errors import ExportFormatError, MissingPackageError
 from msa_compile.export.capture import capture, check_examples
 from msa_compile.export.engine.require import require_tensorrt
 from msa_compile.export.engine.write_engine import write_engine
 from msa_compile.export.plan_call import Request, plan_call
-from msa_compile.export.records import ExportResult
+from msa_compile.export.records import ExportResult, SparseProgram
 from msa_compile.export.write import written_whole
-from msa_compile.export.write_onnx import write_onnx
+from msa_compile.export.write_onnx import Written, write_onnx
 
 SUFFIXES = {".onnx": "onnx", ".engine": "tensorrt"}
-# Formats that no suffix stands for: the same file, made in another way.
-OTHER_FORMATS = ("tensorrt_aot",)
 CACHES = ("none", "static", "explicit")
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
+_WRITERS: dict[str, Callable[[SparseProgram, Path, MSAConfig], Written]] = {
+    "onnx": write_onnx,
+    "tensorrt": functools.partial(write_engine, is_python_free=False),
+    "tensorrt_aot": functools.partial(write_engine, is_python_free=True),
+}
 
 
 def export_model(request: Request, path: Path, format: str | None) -> ExportResult:
@@ -32,19 +38,13 @@ def export_model(request: Request, path: Path, format: str | None) -> ExportResu
     format = _format_of(path, format)
     if request.cache not in CACHES:
         raise ExportFormatError(f"cache={request.cache!r}; choose one of {', '.join(map(repr, CACHES))}")
-    if format.startswith("tensorrt"):
-        require_tensorrt()
-    else:
-        _check_packages(format)
+    _check_packages(format)
     call = plan_call(request)
     check_examples(call)
     expected = {site.name for site in request.sites if site.decision == "sparse"}
     sparse = capture(call, request.config, request.windows, expected)
     with written_whole(path) as temporary:
-        if format.startswith("tensorrt"):
-            written = write_engine(sparse, temporary, request.config, is_python_free=format == "tensorrt_aot")
-        else:
-            written = write_onnx(sparse, temporary, request.config)
+        written = _WRITERS[format](sparse, temporary, request.config)
         files = sorted(temporary.parent.iterdir())
         size = sum(file.stat().st_size for file in files)
     return ExportResult(
@@ -65,13 +65,16 @@ def export_model(request: Request, path: Path, format: str | None) -> ExportResu
 
 def _format_of(path: Path, format: str | None) -> str:
     found = SUFFIXES.get(path.suffix) if format is None else format
-    if found is None or found not in (*SUFFIXES.values(), *OTHER_FORMATS):
+    if found is None or found not in _WRITERS:
         known = ", ".join(f"{suffix} ({name})" for suffix, name in SUFFIXES.items())
         raise ExportFormatError(f"{path.name} with format={format!r}: end the path in one of {known}")
     return found
 
 
 def _check_packages(format: str) -> None:
+    if format not in _PACKAGES:
+        require_tensorrt()
+        return
     missing = [name for name in _PACKAGES[format] if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingPackageError(

@@ -13,7 +13,7 @@ import msa_compile
 from msa_compile import MSAConfig
 from msa_compile.errors import ExportConverterError, ExportMemoryError
 from msa_compile.export.capture import Call, capture
-from msa_compile.export.engine.converters import check_converters, converters, decompose, name_of
+from msa_compile.export.engine.converters import _why_not, check_converters, converters, decompose, name_of
 from msa_compile.export.engine.lower import Target, lower
 from msa_compile.export.engine.plugins import PLUGINS
 from msa_compile.export.engine.profile import profile_of
@@ -24,12 +24,17 @@ from msa_compile.kernels.chip import CHIPS
 
 CHIP = CHIPS[90]
 MODELS = [
-    ("llama", "none", False),
-    ("llama", "none", True),
-    ("llama", "static", False),
     ("llama", "explicit", True),
-    ("qwen3", "none", False),
     ("nanogpt", "none", False),
+    *(
+        pytest.param(*model, marks=pytest.mark.slow)
+        for model in (
+            ("llama", "none", False),
+            ("llama", "none", True),
+            ("llama", "static", False),
+            ("qwen3", "none", False),
+        )
+    ),
 ]
 
 
@@ -54,20 +59,14 @@ def test_each_attention_is_plugins_and_every_other_node_has_a_converter(name, ca
 @pytest.mark.parametrize(("name", "cache", "padded"), MODELS)
 def test_a_program_with_the_python_plugins_computes_what_the_sparse_program_does(name, cache, padded):
     sparse = program_of(name, cache, padded=padded)
-    lowered = lower(sparse, Target(False, CHIP, 64)).module()
-    ours = sparse.program.module()
+    lowered = lower(sparse, Target(False, CHIP, 64)).module(check_guards=False)
+    ours = sparse.program.module(check_guards=False)
     for call in samples(sparse, CONFIG.block_size, CONFIG.block_size * CONFIG.topk_blocks)[0]:
         expected, found = (
             torch.utils._pytree.tree_leaves(module(*call.args, **call.kwargs)) for module in (ours, lowered)
         )
         for one, other in zip(expected, found, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
-
-
-def test_a_model_whose_experts_have_no_converter_is_refused_by_the_names_of_the_nodes():
-    program = lower(program_of("gpt_oss"), Target(False, CHIP, 64))
-    with pytest.raises(ExportConverterError, match=r"(?s)histc.*aten\.histc\.default: no converter"):
-        check_converters(program)
 
 
 class Odd(nn.Module):
@@ -93,19 +92,24 @@ def odd_program(operation, length=None):
 @pytest.mark.parametrize(
     ("operation", "why"),
     [
-        (lambda x: x.cumprod(1), r"cumprod, .*|aten\.cumprod\.default: no converter"),
+        (lambda x: x.cumprod(1), r"cumprod.*aten\.cumprod\.default: no converter"),
         (lambda x: x.gather(1, (x[:, :, :1] > 0).long()), r"aten\.gather\.default: its converter takes no open size"),
         (lambda x: x.sort(1).values, r"aten\.sort\.default: it sorts"),
-        (
-            lambda x: torch.cat(x.split([x.shape[1] // 2, x.shape[1] - x.shape[1] // 2], 1)[:1], 1),
-            "splits into are open",
-        ),
     ],
-    ids=["nothing", "open", "sort", "split"],
+    ids=["nothing", "open", "sort"],
 )
 def test_a_node_that_cannot_be_converted_is_named_with_the_reason(operation, why):
     with pytest.raises(ExportConverterError, match=why):
         check_converters(lower(odd_program(operation), Target(False, CHIP, 64)))
+
+
+def test_a_split_into_sizes_that_are_open_is_refused():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    size = graph.call_function(torch.ops.aten.sym_size.int, (x, 1))
+    split = torch.ops.aten.split_with_sizes.default
+    assert _why_not(graph.call_function(split, (x, [size, 3], 1))) == "the sizes that it splits into are open"
+    assert _why_not(graph.call_function(split, (x, [2, 3], 1))) is None
 
 
 def test_what_can_be_converted_beside_them_passes():
@@ -139,17 +143,21 @@ def test_the_profile_has_the_ends_of_each_range_and_is_tuned_for_the_example():
 
 
 class Site(nn.Module):
-    """One attention of 8 groups, without a model around it."""
+    """One attention of 8 groups."""
 
-    def forward(self, query, key, value):
-        return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(8, heads * 128) for heads in (32, 8, 8))
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (-1, 128)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 def long_site(length, block_size=128):
-    dim = torch.export.Dim("length", min=2, max=length)
-    tensors = (torch.randn(1, 32, 40, 128), torch.randn(1, 8, 40, 128), torch.randn(1, 8, 40, 128))
-    call = Call(Site(), "", tensors, {}, ({2: dim}, {2: dim}, {2: dim}))
-    return capture(call, MSAConfig(block_size=block_size, topk_blocks=16, dense_below=0), {}, ())
+    call = Call(Site(), "", (torch.randn(1, 40, 8),), {}, ({1: torch.export.Dim("length", min=2, max=length)},))
+    with torch.no_grad():
+        return capture(call, MSAConfig(block_size=block_size, topk_blocks=16, dense_below=0), {}, ())
 
 
 @pytest.mark.parametrize("is_python_free", [False, True], ids=["python", "launches"])

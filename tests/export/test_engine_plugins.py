@@ -124,15 +124,15 @@ def test_what_lies_between_two_launches_has_the_shape_that_the_kernels_write(cap
     written = select[0].arguments["scores"]
     assert (BATCH * GROUPS, *scores.shape[2:]) == tuple(written.shape)
     assert scores.dtype == str(written.dtype).removeprefix("torch.")
-    starts, members, counts = PLUGINS["ListBlocks"].outputs(SHAPES, numbers_of(PLUGINS["ListBlocks"], chip))
-    tiles, entries = starts.shape[2:]
+    numbers = numbers_of(PLUGINS["ListBlocks"], chip)
+    starts, members, counts = PLUGINS["ListBlocks"].outputs(SHAPES, numbers)
     assert starts == members
-    assert tuple(counts.shape) == starts.shape[:3]
-    # The launches of a GPU may have larger tiles; a list has room for each query's places either way.
-    listed = attend[0].arguments["starts"]
-    queries = attend[0].tile.sizes["QUERIES"]
-    assert entries // 16 * listed.shape[2] == queries * entries
-    assert tiles == -(-QUERIES // (entries // 16))
+    assert counts.shape == starts.shape[:3]
+    assert starts.shape[2] == -(-QUERIES // numbers["queries_a_tile"])
+    # A GPU has larger tiles, and asks for no more places than there are blocks: 8.
+    listed, queries = attend[0].arguments["starts"], attend[0].tile.sizes["QUERIES"]
+    assert starts.shape[3] // numbers["queries_a_tile"] == 16
+    assert listed.shape[2] // queries == 8
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -32,7 +32,7 @@ def compile_launches(program: ExportedProgram, chip: Chip) -> tuple[Compiled, ..
         numbers = dict(zip(plugin.numbers, node.args[len(plugin.tensors) :], strict=True))
         values = {name: tensor.meta["val"] for name, tensor in tensors.items()}
         inputs = [_dtype(value) for value in values.values()]
-        item_size = next(value.itemsize for value in values.values() if value.is_floating_point())
+        item_size = next(iter(values.values())).itemsize
         shapes = {name: value.shape for name, value in values.items()}
         outputs = [_dtype(value) for value in pytree.tree_leaves(node.meta["val"])]
         kind = (plugin.name, tuple(numbers.items()), tuple(inputs))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from msa_compile import _compat
 from msa_compile.errors import ExportConverterError
+from msa_compile.export.engine.lower import decomposed
 from msa_compile.export.engine.plugins import NAMESPACE, PLUGINS
 
 TABLE = Path(__file__).with_name("converters.json")
@@ -52,7 +53,8 @@ class Converters:
 def converters() -> Converters:
     """The table of this package."""
     read = json.loads(TABLE.read_text(encoding="utf-8"))
-    return Converters(**{name: tuple(value) if isinstance(value, list) else value for name, value in read.items()})
+    found: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in read.items()}
+    return Converters(**found)
 
 
 def decompose(program: ExportedProgram) -> ExportedProgram:
@@ -63,8 +65,7 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
     whole |= set(_overloads("aten.scaled_dot_product_attention"))
     enabled = [_operator(name) for name in table.decomposed]
     composite = {op: function for op, function in _compat.composite_decompositions().items() if op not in whole}
-    found: dict[Any, Callable[..., Any]] = {**_compat.get_decompositions(enabled), **composite}
-    return program.run_decompositions(found)
+    return decomposed(program, {**_compat.get_decompositions(enabled), **composite})
 
 
 def _operator(name: str) -> Any:
@@ -90,7 +91,10 @@ def check_converters(program: ExportedProgram) -> int:
     """
     refused: dict[str, str] = {}
     nodes = [node for node in decompose(program).graph.nodes if node.op == "call_function"]
+    dropped = _dropped(nodes)
     for node in nodes:
+        if node in dropped:
+            continue
         why = _why_not(node)
         if why is not None:
             refused.setdefault(f"{name_of(node.target)}: {why}", f"{node.name}{_place(node)}")
@@ -100,7 +104,16 @@ def check_converters(program: ExportedProgram) -> int:
             f"torch-tensorrt {converters().version} cannot convert these nodes:\n{lines}\nWrite that part of the model "
             "in other operations, or export to ONNX (.onnx) or AOTInductor (.pt2)."
         )
-    return len(nodes)
+    return len(nodes) - len(dropped)
+
+
+def _dropped(nodes: Sequence[Node]) -> set[Node]:
+    """What torch-tensorrt removes, and what only that reads, such as the comparison of an assertion."""
+    found: set[Node] = set()
+    for node in reversed(nodes):
+        if name_of(node.target) in converters().removed or (node.users and found.issuperset(node.users)):
+            found.add(node)
+    return found
 
 
 def name_of(target: Any) -> str:
@@ -114,7 +127,7 @@ def name_of(target: Any) -> str:
 def _why_not(node: Node) -> str | None:
     table, name = converters(), name_of(node.target)
     packet = name.rpartition(".")[0]
-    if name in table.removed or {name, packet} & set(table.replaced):
+    if {name, packet} & set(table.replaced):
         return None
     if packet.partition(".")[0] == NAMESPACE:
         is_plugin = packet.partition(".")[2] in PLUGINS

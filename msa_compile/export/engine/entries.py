@@ -69,7 +69,7 @@ def entry_of(plugin: Plugin, shapes: Shapes, numbers: Numbers, item_size: int, c
         plugin: One that runs without Python.
         shapes: Of its inputs, by name.
         numbers: Its attributes.
-        item_size: Bytes of an element of the first input that is floating point.
+        item_size: Bytes of an element of the first input.
         chip: What the kernel is compiled for.
     """
     make = next(make for name, make in _ENTRIES.items() if plugin.name.startswith(name))

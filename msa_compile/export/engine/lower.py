@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,15 @@ def lower(sparse: SparseProgram, target: Target) -> ExportedProgram:
     else:
         select, attend = _select, _attend
     table |= {SELECT: _named(SELECT, select), ATTEND: _named(ATTEND, attend)}
-    return sparse.program.run_decompositions(table)
+    return decomposed(sparse.program, table)
+
+
+def decomposed(program: ExportedProgram, table: dict[Any, Callable[..., Any]]) -> ExportedProgram:
+    """The program with operators replaced by what a table says they are made of, and no other."""
+    with warnings.catch_warnings():
+        # What torch says to itself about its own trees.
+        warnings.simplefilter("ignore", FutureWarning)
+        return program.run_decompositions(table)
 
 
 def _named(op: OpOverload, function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -9,6 +9,7 @@ int32, and it cannot hand bfloat16 to torch.
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ def _describe(plugin: Plugin) -> None:
             for out in plugin.outputs(shapes, numbers)
         )
 
-    returns = tuple[(trtp.TensorDesc,) * plugin.results]  # type: ignore[misc]
+    returns = _tuple_of(trtp.TensorDesc, plugin.results)
     trtp.register(plugin.id)(_with_signature(plugin, describe, trtp.TensorDesc, {}, returns))
 
 
@@ -67,7 +68,7 @@ def _implement(plugin: Plugin) -> None:
             result = plugin.op(*map(as_torch, tensors.values()), *numbers.values())
             as_torch(outputs[0]).copy_(result)
 
-    rest = {"outputs": tuple[(trtp.Tensor,) * plugin.results], "stream": int}  # type: ignore[misc]
+    rest = {"outputs": _tuple_of(trtp.Tensor, plugin.results), "stream": int}
     trtp.impl(plugin.id)(_with_signature(plugin, run, trtp.Tensor, rest, None))
 
 
@@ -80,7 +81,7 @@ def _implement_ahead_of_time(plugin: Plugin, chip: Chip) -> None:
         descriptions, numbers = _split(plugin, given)
         shapes = {name: list(each.shape_expr) for name, each in descriptions.items()}
         dtypes = [_name_of(each.dtype) for each in descriptions.values()]
-        item_size = next(getattr(torch, name).itemsize for name in dtypes if "float" in name)
+        item_size = getattr(torch, dtypes[0]).itemsize
         entry = entry_of(plugin, shapes, numbers, item_size, chip)
         made = compile_entry(entry, dtypes, [_name_of(each.dtype) for each in outputs], chip)
         launch = trtp.KernelLaunchParams(
@@ -93,7 +94,7 @@ def _implement_ahead_of_time(plugin: Plugin, chip: Chip) -> None:
         return made.name, made.ptx, launch, trtp.SymIntExprs(0)
 
     returns = tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]
-    rest = {"outputs": tuple[(trtp.TensorDesc,) * plugin.results], "tactic": int}  # type: ignore[misc]
+    rest = {"outputs": _tuple_of(trtp.TensorDesc, plugin.results), "tactic": int}
     trtp.aot_impl(plugin.id)(_with_signature(plugin, compiled, trtp.TensorDesc, rest, returns))
 
 
@@ -121,6 +122,11 @@ def _with_signature(
     called.__annotations__ = annotations | {"return": returns}
     called.__signature__ = signature  # type: ignore[attr-defined]
     return called
+
+
+def _tuple_of(kind: type, count: int) -> Any:
+    """The annotation of a tuple of so many of a kind; TensorRT reads no ellipsis."""
+    return types.GenericAlias(tuple, (kind,) * count)
 
 
 def _split(plugin: Plugin, args: Sequence[Any]) -> tuple[dict[str, Any], dict[str, int | float]]:
