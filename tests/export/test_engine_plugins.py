@@ -207,3 +207,23 @@ def test_a_function_of_a_plugin_has_the_signature_that_tensorrt_reads():
     count = len(signature.parameters)
     called(*range(count - 1), tactic=count - 1)
     assert seen == [tuple(range(count))]
+
+
+def test_the_check_exits_with_2_and_says_what_to_install_where_no_engine_can_be_built(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("engines may be built here")
+    from msa_compile.export.check_tensorrt import main
+
+    assert main([]) == 2
+    assert "'torch-tensorrt==2.13.*'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_check_goes_as_far_as_it_can_without_tensorrt(capsys):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from msa_compile.export.check_tensorrt import main
+
+    assert main(["--dry-run", "--length", "300", "--dtypes", "bfloat16"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("8 kernels compiled") == 2 * 2, "each row once as it is made, once in the table"
+    assert "FAILED" not in said

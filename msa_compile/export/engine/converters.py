@@ -95,7 +95,7 @@ def check_converters(program: ExportedProgram) -> int:
     for node in nodes:
         if node in dropped:
             continue
-        why = _why_not(node)
+        why = why_not(node)
         if why is not None:
             refused.setdefault(f"{name_of(node.target)}: {why}", f"{node.name}{_place(node)}")
     if refused:
@@ -124,7 +124,8 @@ def name_of(target: Any) -> str:
     return f"{module}.{target.__name__}"
 
 
-def _why_not(node: Node) -> str | None:
+def why_not(node: Node) -> str | None:
+    """Why a node of a decomposed graph cannot be converted, or ``None`` if it can."""
     table, name = converters(), name_of(node.target)
     packet = name.rpartition(".")[0]
     if {name, packet} & set(table.replaced):
