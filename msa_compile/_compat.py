@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch._C import _set_grad_enabled as set_grad_enabled
 from torch._C._functorch import maybe_current_level
+from torch._decomp import get_decompositions
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnalysis
 from torch._dynamo.source import ConstantSource
+from torch._export.utils import _collect_all_valid_cia_ops_for_aten_namespace, _get_decomp_for_cia
 from torch._functorch import predispatch
 from torch._guards import TracingContext
 from torch._higher_order_ops.flex_attention import flex_attention
@@ -61,11 +63,13 @@ __all__ = [
     "compile_isolated",
     "compile_package",
     "compiled_module_class",
+    "composite_decompositions",
     "cpp_compiler",
     "disable_proxy_modes_tracing",
     "enter_autocast",
     "exit_autocast",
     "flex_attention",
+    "get_decompositions",
     "get_proxy_mode",
     "graph_inputs",
     "graphs_in",
@@ -141,6 +145,11 @@ def compiled_module_class() -> type[torch.nn.Module]:
     from torch._dynamo.eval_frame import OptimizedModule
 
     return OptimizedModule
+
+
+def composite_decompositions() -> dict[Any, Callable[..., Any]]:
+    """What each operator of aten that is made of others is made of."""
+    return {op: _get_decomp_for_cia(op) for op in _collect_all_valid_cia_ops_for_aten_namespace()}
 
 
 def cache_of(layers: list[Any]) -> Any:

@@ -125,6 +125,10 @@ class ExportMemoryError(MSAError, ValueError):
     """Raised when an artifact would not fit the longest call of its profile."""
 
 
+class ExportConverterError(MSAError, RuntimeError):
+    """Raised when an operation of a model cannot go into a TensorRT engine."""
+
+
 class ExportMismatchError(MSAError, RuntimeError):
     """Raised when an artifact computes something else than the model; nothing is written then."""
 

@@ -91,8 +91,9 @@ def export(
         path: Where to; the suffix says the format.
         example_inputs: A dict of keyword arguments, a tuple of positional ones, or one tensor; a transformers model
             brings its own.
-        format: ``"onnx"`` (``.onnx``) or ``"aoti"`` (``.pt2``, compiled for this kind of CPU, and loaded by
-            ``torch._inductor.aoti_load_package``); default by the suffix.
+        format: ``"onnx"`` (``.onnx``), ``"aoti"`` (``.pt2``, compiled for this kind of CPU, and loaded by
+            ``torch._inductor.aoti_load_package``), ``"tensorrt"`` (``.engine``) or ``"tensorrt_aot"``, an engine that
+            needs no Python; default by the suffix.
         dynamic_shapes: Open sizes as ``torch.export.export`` takes them, each with its range; default batch and length
             of the first input. For a transformers decoder those of ``input_ids`` are enough.
         cache: ``"none"``: what the model takes and returns is what the artifact takes and returns. For a transformers
@@ -109,6 +110,7 @@ def export(
         ExportFormatError, MissingPackageError, ExportCacheError: What was asked for is not there.
         ExampleInputsError: Inputs that do not fit, or lie outside the range of an open size.
         CaptureError, ExportNotSparseError: The model cannot be captured, or not all of its sparse sites.
+        ExportConverterError: TensorRT has nothing for an operation of the model.
         ExportIndexerError: A site selects by a learned indexer, and could only select by the keys in the artifact.
         ExportMemoryError: The longest call would make a tensor of ``Tq x Tk``, or one above the bound.
         ExportMismatchError, ExportWriteError: The artifact is wrong, or cannot be written.

@@ -294,3 +294,13 @@ def test_inductor_has_the_settings_that_a_package_is_compiled_with():
     assert config.aot_inductor.custom_op_libs is None
     assert {"package_path", "inductor_configs"} <= set(inspect.signature(aoti_compile_and_package).parameters)
     assert callable(aoti_load_package)
+
+
+def test_operators_that_are_made_of_others_are_decomposed_one_by_one():
+    table = _compat.composite_decompositions()
+    matmul = torch.ops.aten.matmul.default
+    assert matmul in table
+    assert torch.ops.aten.mm.default not in table
+    assert torch.equal(table[matmul](torch.ones(2, 3), torch.eye(3)), torch.ones(2, 3))
+    found = _compat.get_decompositions([torch.ops.aten.masked_fill, torch.ops.aten.t])
+    assert {torch.ops.aten.masked_fill.Scalar, torch.ops.aten.t.default} <= set(found)

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
+from msa_compile.config import MSAConfig
 from msa_compile.errors import ExportFormatError, MissingPackageError
 from msa_compile.export.capture import capture, check_examples
+from msa_compile.export.engine.require import require_tensorrt
+from msa_compile.export.engine.write_engine import write_engine
 from msa_compile.export.plan_call import Request, plan_call
-from msa_compile.export.records import ExportResult
+from msa_compile.export.records import ExportResult, SparseProgram
 from msa_compile.export.write import written_whole
 from msa_compile.export.write_aoti import write_aoti
-from msa_compile.export.write_onnx import write_onnx
+from msa_compile.export.write_onnx import Written, write_onnx
 
-SUFFIXES = {".onnx": "onnx", ".pt2": "aoti"}
+SUFFIXES = {".onnx": "onnx", ".pt2": "aoti", ".engine": "tensorrt"}
 CACHES = ("none", "static", "explicit")
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "aoti": ()}
-_WRITERS = {"onnx": write_onnx, "aoti": write_aoti}
+_WRITERS: dict[str, Callable[[SparseProgram, Path, MSAConfig], Written]] = {
+    "onnx": write_onnx,
+    "aoti": write_aoti,
+    "tensorrt": functools.partial(write_engine, is_python_free=False),
+    "tensorrt_aot": functools.partial(write_engine, is_python_free=True),
+}
 
 
 def export_model(request: Request, path: Path, format: str | None) -> ExportResult:
@@ -42,8 +52,8 @@ def export_model(request: Request, path: Path, format: str | None) -> ExportResu
     return ExportResult(
         path=path,
         format=format,
-        inputs=sparse.inputs,
-        outputs=sparse.outputs,
+        inputs=written.inputs or sparse.inputs,
+        outputs=written.outputs or sparse.outputs,
         sites=sparse.sites,
         cache=request.cache,
         opset=written.opset,
@@ -57,13 +67,16 @@ def export_model(request: Request, path: Path, format: str | None) -> ExportResu
 
 def _format_of(path: Path, format: str | None) -> str:
     found = SUFFIXES.get(path.suffix) if format is None else format
-    if found is None or found not in SUFFIXES.values():
+    if found is None or found not in _WRITERS:
         known = ", ".join(f"{suffix} ({name})" for suffix, name in SUFFIXES.items())
         raise ExportFormatError(f"{path.name} with format={format!r}: end the path in one of {known}")
     return found
 
 
 def _check_packages(format: str) -> None:
+    if format not in _PACKAGES:
+        require_tensorrt()
+        return
     missing = [name for name in _PACKAGES[format] if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingPackageError(

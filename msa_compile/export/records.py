@@ -80,7 +80,7 @@ class ExportResult:
 
     Attributes:
         path: The artifact.
-        format: ``"onnx"`` or ``"aoti"``.
+        format: ``"onnx"``, ``"aoti"``, ``"tensorrt"`` or ``"tensorrt_aot"``.
         inputs, outputs: In order.
         sites: The attention in it, as ``explain`` has it.
         cache: ``"none"``, ``"static"`` or ``"explicit"``.

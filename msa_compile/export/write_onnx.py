@@ -8,7 +8,7 @@ from pathlib import Path
 from msa_compile.config import MSAConfig
 from msa_compile.errors import ExportMemoryError
 from msa_compile.export.lint_memory import halved, lint_live, lint_memory, profiles_of
-from msa_compile.export.records import SparseProgram
+from msa_compile.export.records import Port, SparseProgram
 
 # A protobuf holds 2 GiB; weights beyond this lie in a file beside it.
 EXTERNAL_ABOVE = 1 << 30
@@ -16,12 +16,14 @@ EXTERNAL_ABOVE = 1 << 30
 
 @dataclass(frozen=True)
 class Written:
-    """What is known of an artifact that was written."""
+    """What is known of an artifact that was written; inputs and outputs where they are not those of the program."""
 
     opset: int | None
     largest: int
     checks: tuple[str, ...]
     not_checked: tuple[str, ...]
+    inputs: tuple[Port, ...] | None = None
+    outputs: tuple[Port, ...] | None = None
 
 
 def write_onnx(sparse: SparseProgram, path: Path, config: MSAConfig) -> Written:

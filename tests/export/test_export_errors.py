@@ -58,8 +58,8 @@ def test_a_model_that_is_not_sparsified_is_refused(tmp_path):
 
 
 def test_an_unknown_suffix_and_an_unknown_cache_name_what_there_is(export):
-    with pytest.raises(ExportFormatError, match=r"m\.engine.*\.onnx"):
-        export("m.engine")
+    with pytest.raises(ExportFormatError, match=r"m\.plan.*\.onnx"):
+        export("m.plan")
     with pytest.raises(ExportFormatError, match="'none', 'static', 'explicit'"):
         export(cache="paged")
 

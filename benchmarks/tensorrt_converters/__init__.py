@@ -1,0 +1,1 @@
+"""The table of what torch-tensorrt converts, read off its sources."""
