@@ -10,6 +10,8 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from msa_compile.errors import ExportMemoryError
+
 
 @dataclass(frozen=True)
 class Intermediate:
@@ -66,8 +68,18 @@ def measure_program(
 
 
 def size_at(size: int | torch.SymInt, symbols: Mapping[str, str], sizes: Mapping[str, int]) -> int:
-    """The number that a size of a tensor comes to; arguments as those of `measure_program`."""
+    """The number that a size of a tensor comes to; arguments as those of `measure_program`.
+
+    Raises:
+        ExportMemoryError: It depends on what is computed.
+    """
     if isinstance(size, int):
         return size
     expression = size.node.expr
+    unknown = sorted({str(symbol) for symbol in expression.free_symbols} - set(symbols))
+    if unknown:
+        raise ExportMemoryError(
+            f"a tensor of the model has a size ({expression}) that is known only when it runs, so nobody can say that "
+            "it fits. Write that part of the model with sizes that follow from those of its inputs."
+        )
     return int(expression.subs({symbol: sizes[symbols[str(symbol)]] for symbol in expression.free_symbols}))

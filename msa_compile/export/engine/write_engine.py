@@ -17,9 +17,9 @@ from msa_compile.config import MSAConfig
 from msa_compile.errors import ExampleInputsError, ExportMismatchError
 from msa_compile.export.engine.converters import check_converters, converters
 from msa_compile.export.engine.lower import Target, lower
-from msa_compile.export.engine.measure_program import measure_program, size_at
 from msa_compile.export.engine.profile import profile_of
 from msa_compile.export.lint_memory import halved, lint_memory, profiles_of
+from msa_compile.export.measure_program import measure_program, size_at
 from msa_compile.export.positions import SELECT
 from msa_compile.export.records import Port, SparseProgram
 from msa_compile.export.sample import samples
