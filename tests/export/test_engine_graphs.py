@@ -23,18 +23,15 @@ from msa_compile.export.sample import samples
 from msa_compile.kernels.chip import CHIPS
 
 CHIP = CHIPS[90]
-MODELS = [
-    ("llama", "explicit", True),
-    ("nanogpt", "none", False),
-    *(
-        pytest.param(*model, marks=pytest.mark.slow)
-        for model in (
-            ("llama", "none", False),
-            ("llama", "none", True),
-            ("llama", "static", False),
-            ("qwen3", "none", False),
-        )
-    ),
+NANO, PADDED = ("nanogpt", "none", False), ("llama", "explicit", True)
+OTHERS = [
+    pytest.param(*model, marks=pytest.mark.slow)
+    for model in (
+        ("llama", "none", False),
+        ("llama", "none", True),
+        ("llama", "static", False),
+        ("qwen3", "none", False),
+    )
 ]
 
 
@@ -44,7 +41,7 @@ def plugins_in(program):
     return [name for name in names if name in PLUGINS], [name for name in names if name not in PLUGINS]
 
 
-@pytest.mark.parametrize(("name", "cache", "padded"), MODELS)
+@pytest.mark.parametrize(("name", "cache", "padded"), [NANO, PADDED, *OTHERS])
 def test_each_attention_is_plugins_and_every_other_node_has_a_converter(name, cache, padded):
     sparse = program_of(name, cache, padded=padded)
     sites = 2
@@ -56,7 +53,7 @@ def test_each_attention_is_plugins_and_every_other_node_has_a_converter(name, ca
         assert 0 < largest < LARGEST
 
 
-@pytest.mark.parametrize(("name", "cache", "padded"), MODELS)
+@pytest.mark.parametrize(("name", "cache", "padded"), [NANO, pytest.param(*PADDED, marks=pytest.mark.slow), *OTHERS])
 def test_a_program_with_the_python_plugins_computes_what_the_sparse_program_does(name, cache, padded):
     sparse = program_of(name, cache, padded=padded)
     lowered = lower(sparse, Target(False, CHIP, 64)).module(check_guards=False)
