@@ -5,6 +5,11 @@ begins is found by dominance: of the tensors that every path from the projection
 behind which all inputs other than weights (cosines and sines) come in. What follows is believed only after it was run
 on random values: it has to be linear, the same for every head, and must mix neither heads nor tokens nor rows. Then it
 is applied, as it is spelled, to index queries, which have as many heads as the keys, and to the index key repeated.
+
+That the embedding keeps lengths is not asked for, because nothing exact rests on it. A factor that all tokens share (as
+YaRN has it) ranks the blocks of a query as they are ranked without it. One that depends on the position (as in xPos,
+where queries have its inverse) favours some blocks over others: index scores then fade with the distance to the first
+token, which is worse selection, and never another mask. The branch is calibrated and gated through the very same map.
 """
 
 from __future__ import annotations
