@@ -64,9 +64,7 @@ def draw_maps(choices: Sequence[Choice], block_size: int, out: Path) -> None:
         own = choice.rows // block_size
         mass = _by_block(choice.mass[0, group], own).clamp(min=1e-4).log10()
         chosen = _by_block(is_chosen(choice.ids[0, group], choice.mass.shape[3]).float(), own)
-        axes[0][column].imshow(
-            mass.clamp(min=1e-4).log10().numpy(), cmap="magma", vmin=-4, vmax=0, interpolation="nearest"
-        )
+        axes[0][column].imshow(mass.numpy(), cmap="magma", vmin=-4, vmax=0, interpolation="nearest")
         axes[1][column].imshow(chosen.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
         axes[0][column].set_title(f"layer {layer}, group {group}", fontsize=10)
         axes[1][column].set_xlabel("key block")

@@ -104,24 +104,24 @@ def test_the_report_says_where_the_goal_is_missed():
     assert f"`{KEYS}` keeps perplexity and retrieval in every seed down to 1/16 of the keys." in text
 
 
-def test_all_of_it_runs_at_toy_size_and_goes_on_where_it_was_stopped(tmp_path, capsys, monkeypatch):
+def test_all_of_it_runs_at_toy_size_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "TOY", replace(TOY, shares=(8,)))
     run = ["--toy", "--keep", str(tmp_path)]
     assert command.main([*run, "--stop-after", "0"]) == command.UNFINISHED
+    kept = replace(row(DENSE, 1, 4.0, 1.0), needles=0.25)
+    folder = tmp_path / f"rows-{TOY.of_rows}-0"
+    folder.mkdir()
+    (folder / "dense-1.json").write_text(json.dumps(kept.to_dict()))
     assert command.main(run) == 0
     out = tmp_path / "toy"
-    kept = json.loads((out / "quality.json").read_text())
-    rows = {one["selector"]: Row.from_dict(one) for one in kept["rows"]}
-    assert set(rows) == {DENSE, *SELECTORS}
-    assert rows["oracle"].mean("block_recall") == 1
-    for selector in SELECTORS:
-        for layer, of_oracle in zip(rows[selector].layers, rows["oracle"].layers, strict=True):
+    rows = [Row.from_dict(one) for one in json.loads((out / "quality.json").read_text())["rows"]]
+    assert [one.selector for one in rows] == [DENSE, *SELECTORS]
+    assert rows[0] == kept, "a finished row is read"
+    oracle = rows[1 + SELECTORS.index("oracle")]
+    assert oracle.mean("block_recall") == 1
+    for one in rows[1:]:
+        for layer, of_oracle in zip(one.layers, oracle.layers, strict=True):
             assert layer.mass <= layer.oracle_mass + 1e-6
             assert layer.oracle_mass == pytest.approx(of_oracle.mass, abs=1e-6), "judged on the dense model's states"
-    assert {path.name for path in out.iterdir()} == {
-        "quality.json", "quality.md", "quality.png", "quality_maps.png"
-    }  # fmt: skip
-    capsys.readouterr()
-    monkeypatch.setattr(command, "examine", None)
-    assert command.main(run) == 0
-    assert json.loads((out / "quality.json").read_text())["rows"] == kept["rows"], "finished rows are read"
+    names = {"quality.json", "quality.md", "quality.png", "quality_maps.png"}
+    assert {path.name for path in out.iterdir()} == names
