@@ -18,6 +18,7 @@ PROMPT = 4 * BUDGET - 3
 PIECES = [(0, PROMPT), *((at, at + 1) for at in range(PROMPT, PROMPT + STEPS))]
 
 
+@pytest.mark.slow
 def test_whole_prompts_select_by_the_index_branch(artifact_of):
     artifact = artifact_of("llama", indexer="learned")
     assert [site.indexer for site in artifact.result.sites] == ["learned", "learned"]
@@ -50,6 +51,7 @@ def test_index_keys_go_through_the_caches_of_32_steps(artifact_of, name, cache):
         assert ports[f"present.{layer}.index_key"] == ("batch", 1, present, width)
 
 
+@pytest.mark.slow
 def test_index_keys_stand_beside_a_cache_that_is_an_argument_of_the_model(tmp_path):
     past = [(torch.randn(2, 2, 11, 8), torch.randn(2, 2, 11, 8)) for _ in range(2)]
     given = (tokens(2, 7), torch.ones(2, 18, dtype=torch.long), past)
