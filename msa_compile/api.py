@@ -36,19 +36,10 @@ from msa_compile.errors import (
 )
 from msa_compile.kernels.given_mask import biased_calls
 from msa_compile.kernels.select_blocks import missed_selections
+from msa_compile.markers import install_markers, marker_tokens, tag_frames
 from msa_compile.passes.pipeline import run_passes
 from msa_compile.report import Report, build_report
-from msa_compile.runtime import (
-    Door,
-    door_of,
-    hang_door,
-    has_traces,
-    install_markers,
-    marker_tokens,
-    paused,
-    tag_frames,
-    take_door,
-)
+from msa_compile.runtime import Door, door_of, hang_door, has_traces, paused, take_door
 
 log = logging.getLogger(__name__)
 

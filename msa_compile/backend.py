@@ -24,12 +24,12 @@ from msa_compile.config import MSAConfig
 from msa_compile.errors import CaptureError, ConfigError, MSAError, SiteRefusedError, UnknownOptionError
 from msa_compile.index_keys import IndexKeys
 from msa_compile.indexer import IndexBranch
+from msa_compile.markers import marker_nodes
 from msa_compile.observed import Observer, SiteCall
 from msa_compile.passes.insert_index_branch import BRANCH
 from msa_compile.passes.pipeline import PassResult, run_passes
 from msa_compile.passes.rewrite_attention import SITE
 from msa_compile.records import GraphRecord, Reason, Site
-from msa_compile.runtime import marker_nodes
 
 log = logging.getLogger(__name__)
 

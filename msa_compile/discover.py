@@ -25,17 +25,10 @@ from msa_compile._compat import (
 from msa_compile.config import MSAConfig
 from msa_compile.errors import CaptureError, ExampleInputsError, MSAError, NothingToSparsifyError
 from msa_compile.indexer import INDEXER, insert_index_branch
+from msa_compile.markers import install_markers, marker_nodes, remove_markers, tag_frames
 from msa_compile.passes.pipeline import run_passes
 from msa_compile.records import GraphRecord, Site
-from msa_compile.runtime import (
-    door_of,
-    fresh_trampoline,
-    install_markers,
-    mark_dynamic,
-    marker_nodes,
-    remove_markers,
-    tag_frames,
-)
+from msa_compile.runtime import door_of, fresh_trampoline, mark_dynamic
 
 log = logging.getLogger(__name__)
 

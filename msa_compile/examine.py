@@ -13,8 +13,8 @@ from msa_compile._compat import restore_paths
 from msa_compile.backend import MSABackend
 from msa_compile.config import MSAConfig
 from msa_compile.discover import CallInputs, Discovery, carrier_of, mark_every_module, sparse_owners
+from msa_compile.markers import install_markers, marker_nodes, marker_tokens, remove_markers, tag_frames
 from msa_compile.passes.pipeline import run_passes
-from msa_compile.runtime import install_markers, marker_nodes, marker_tokens, remove_markers, tag_frames
 
 
 class ExaminingBackend(MSABackend):

@@ -21,8 +21,8 @@ from msa_compile import MSAConfig, Report
 from msa_compile.backend import MSABackend
 from msa_compile.errors import CaptureError, NothingToSparsifyError
 from msa_compile.kernels.block_sparse_attention import cpu
+from msa_compile.markers import tag_frames
 from msa_compile.report import build_report
-from msa_compile.runtime import tag_frames
 
 LENGTH, PADDED, STEPS = 37, 5, 4
 BLOCK_SIZE, FEW = 4, 3

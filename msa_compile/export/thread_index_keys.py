@@ -31,8 +31,9 @@ from torch.utils import _pytree as pytree
 from msa_compile.errors import ExportIndexerError
 from msa_compile.index_keys import IndexBinding
 from msa_compile.indexer import remove_index_branches
+from msa_compile.markers import TOKEN, SiteMarker, remove_markers
 from msa_compile.records import Site
-from msa_compile.runtime import TOKEN, SiteMarker, remove_markers, restore_parts
+from msa_compile.runtime import restore_parts
 
 # Behind the arguments of the model.
 ARGUMENT = "index_keys"

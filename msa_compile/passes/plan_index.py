@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Graph, Node
 
-import msa_compile.runtime  # noqa: F401  (registers the marker)
+import msa_compile.markers  # noqa: F401  (registers the marker)
 from msa_compile.config import MSAConfig
 from msa_compile.passes.check_projections import hidden_states
 from msa_compile.passes.detect_attention import Found, Proved

@@ -9,7 +9,7 @@ from torch import nn
 
 import msa_compile
 from msa_compile.errors import ExportNotSparseError
-from msa_compile.runtime import marker_tokens
+from msa_compile.markers import marker_tokens
 from runtime.tiny import LAYERS, OpCount, counted_ops, small, sparse, tokens
 
 
