@@ -20,7 +20,7 @@ def draw_curves(results: Results, out: Path) -> None:
     """Four measures against the share of the keys, a line for each selector: mean over seeds, least and greatest."""
     pyplot = _pyplot()
     panels: list[tuple[str, Callable[[Row], float], str]] = [
-        ("perplexity, to dense", results.perplexity_ratio, "log"),
+        ("perplexity above dense, %", lambda row: 100 * (results.perplexity_ratio(row) - 1), "symlog"),
         ("retrieval, of dense", results.kept_retrieval, "linear"),
         ("attention mass, of the oracle's", mass_ratio, "linear"),
         ("error of the attention output", lambda row: row.mean("output_error"), "log"),

@@ -19,7 +19,7 @@ INTRO = """# Quality of what is selected
 
 Made by `make quality` (`python -m benchmarks.quality`). {machine}, {day}.
 
-{models}, trained from scratch, each with a seed of its own: {parameters} parameters, {layers} layers,
+{models}, trained from scratch: {parameters} parameters, {layers} layers,
 {heads}, {training}, sequences up to {length}. Half of what they read is the
 Python standard library's own sources, byte by byte; the other half is the same text with facts hidden in it, a key and
 a value of one symbol each, which are asked for again later.
@@ -95,7 +95,7 @@ def to_markdown(results: Results, maps: Sequence[Choice], setting: Setting, pict
     intro = INTRO.format(
         machine=f"{machine['processor']}, torch {machine['torch']}, msa_compile {machine['msa_compile']}",
         day=machine["day"],
-        models=f"{len(seeds)} small language model{'s' if len(seeds) > 1 else ''}",
+        models="One small language model for each seed" if len(seeds) > 1 else "One small language model",
         parameters=f"{results.parameters:,}",
         layers=size.layers,
         heads=f"{size.query_heads} query heads of {size.head_dim} on {size.groups} key/value heads",
