@@ -137,3 +137,10 @@ def _batch(text: Tensor, length: int, *, tokens: int, choose: torch.Generator) -
 
 def _loss(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
     return model(input_ids=ids, labels=ids).loss
+
+
+def spread_windows(text: Tensor, length: int, *, rows: int, count: int) -> list[dict[str, Tensor]]:
+    """Batches of rows that are spread evenly over a text."""
+    starts = torch.linspace(0, len(text) - length, rows * count).long().tolist()
+    windows = torch.stack([text[start : start + length] for start in starts])
+    return [{"input_ids": batch} for batch in windows.split(rows)]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import msa_compile
-from examples.byte_model import build_model, load_corpus, train
+from examples.byte_model import build_model, load_corpus, spread_windows, train
 from msa_compile import MSAConfig
 
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     config = MSAConfig(block_size=arguments.block_size, topk_blocks=arguments.topk, dense_below=0)
     msa_compile.sparsify(model, config, inner=arguments.inner)
-    data = _windows(corpus.train, arguments.context, rows=2, count=arguments.batches)
+    data = spread_windows(corpus.train, arguments.context, rows=2, count=arguments.batches)
     result = msa_compile.calibrate(
         model,
         data,
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.plot:
         result.plot(arguments.plot)
         print(f"wrote {arguments.plot}")
-    held_out = _windows(corpus.held_out, arguments.context, rows=2, count=2)
+    held_out = spread_windows(corpus.held_out, arguments.context, rows=2, count=2)
     print(msa_compile.evaluate(model, held_out, progress=False))
     _generate(model, corpus.held_out[: arguments.context // 2][None])
     _save_and_load(model, arguments.context)
@@ -81,13 +81,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     return arguments
-
-
-def _windows(text: Tensor, length: int, *, rows: int, count: int) -> list[dict[str, Tensor]]:
-    """Batches of rows that are spread evenly over a text."""
-    starts = torch.linspace(0, len(text) - length, rows * count).long().tolist()
-    windows = torch.stack([text[start : start + length] for start in starts])
-    return [{"input_ids": batch} for batch in windows.split(rows)]
 
 
 def _generate(model: Any, prompt: Tensor) -> None:

@@ -1,7 +1,8 @@
-"""Write a sparsified model to an ONNX file with a cache of fixed length, and generate text from onnxruntime alone.
+"""Calibrate a sparsified model, write it to an ONNX file with a cache, and generate text from onnxruntime alone.
 
 `python -m examples.export_and_serve`: the small model of the demo, trained for a moment so that it has something to
-say. The same greedy tokens come from PyTorch and from onnxruntime, and both are timed.
+say. Keys, values and index keys are buffers of a fixed length. The same greedy tokens come from PyTorch and from
+onnxruntime, and both are timed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import msa_compile
-from examples.byte_model import build_model, load_corpus, train
+from examples.byte_model import build_model, load_corpus, spread_windows, train
 from msa_compile import MSAConfig
 
 
@@ -83,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=384, help="bytes of the prompt (default 384)")
     parser.add_argument("--new", type=int, default=64, help="tokens to generate (default 64)")
     parser.add_argument("--steps", type=int, default=60, help="training steps (default 60)")
+    parser.add_argument(
+        "--calibrate", type=int, default=20, help="calibration steps (default 20); 0: select by the keys"
+    )
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--out", type=Path, help="where the ONNX file goes (default: a temporary folder)")
     arguments = parser.parse_args(argv)
@@ -95,6 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompt = corpus.held_out[: arguments.prompt].tolist()
     example = {"input_ids": torch.tensor([prompt[:64]])}
     msa_compile.sparsify(model, MSAConfig(block_size=16, topk_blocks=8, dense_below=0), inner=arguments.inner)
+    if arguments.calibrate:
+        batches = spread_windows(corpus.train, length, rows=2, count=8)
+        # A bar of 0: so few steps are to show how it goes, and not to be good.
+        print(msa_compile.calibrate(model, batches, steps=arguments.calibrate, min_mass_ratio=0.0), "\n")
     with tempfile.TemporaryDirectory() as folder:
         path = arguments.out or Path(folder) / "model.onnx"
         print(msa_compile.export(model, path, example_inputs=example, cache="static", max_length=length))
