@@ -1,5 +1,7 @@
 """What TensorRT would be given: plugins in the place of attention, converters for the rest, and sizes that fit."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,8 @@ from torch import nn
 pytest.importorskip("onnx", reason="the onnx extra is not installed")
 pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
 pytest.importorskip("transformers", reason="the hf extra is not installed")
+from exported import tokens
+from models.zoo import ZOO
 from programs import CONFIG, program_of
 
 import msa_compile
@@ -18,6 +22,7 @@ from msa_compile.export.engine.lower import Target, lower
 from msa_compile.export.engine.plugins import PLUGINS
 from msa_compile.export.engine.profile import profile_of
 from msa_compile.export.engine.write_engine import prepare
+from msa_compile.export.export_model import _WRITERS
 from msa_compile.export.lint_memory import LARGEST
 from msa_compile.export.sample import samples
 from msa_compile.kernels.chip import CHIPS
@@ -64,6 +69,28 @@ def test_a_program_with_the_python_plugins_computes_what_the_sparse_program_does
         )
         for one, other in zip(expected, found, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["static", "explicit"])
+def test_index_keys_of_a_learned_indexer_go_into_an_engine_beside_the_cache(cache, tmp_path, monkeypatch):
+    written = []
+
+    def keep(sparse, path, config):
+        written.append(sparse)
+        raise ExportMemoryError("kept, not written")
+
+    monkeypatch.setitem(_WRITERS, "onnx", keep)
+    model, example = ZOO["llama"].build(), {"input_ids": tokens(2, 23)}
+    config = dataclasses.replace(CONFIG, indexer="learned")
+    msa_compile.sparsify(model, config, inner="eager", example_inputs=example)
+    with pytest.raises(ExportMemoryError, match="kept"):
+        msa_compile.export(model, tmp_path / "m.onnx", example_inputs=example, cache=cache, max_length=64)
+    (sparse,) = written
+    assert [port.name for port in sparse.inputs][-2:] == [f"past_key_values.{layer}.index_key" for layer in (0, 1)]
+    for is_python_free, kinds in ((False, 2), (True, 4)):
+        plugins, other = plugins_in(prepare(sparse, CHIP, is_python_free=is_python_free)[0])
+        assert (len(plugins), other) == (kinds * 2, [])
 
 
 class Odd(nn.Module):
