@@ -254,10 +254,13 @@ def paused(door: Door) -> Iterator[None]:
 
 
 def restore_parts(model: nn.Module) -> None:
-    """Give a paused model its markers and index branches back, and not its door."""
-    for marker in _paused[model].removed:
+    """Give a paused model its markers and index branches back, and not its door; one that is not paused has none."""
+    pause = _paused.get(model)
+    if pause is None:
+        return
+    for marker in pause.removed:
         marker.put_back()
-    for module, branch in _paused[model].branches:
+    for module, branch in pause.branches:
         module.register_module(INDEXER, branch)
 
 
