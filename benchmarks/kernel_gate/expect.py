@@ -38,7 +38,15 @@ SPILLS = {
     ("attend_tiles", 100): 24,
     ("attend_blocks", 80): 8,
     ("attend_blocks", 100): 152,
+    ("differentiate_tiles", 80): 48,
+    ("differentiate_tiles", 86): 80,
+    ("differentiate_tiles", 89): 80,
     ("differentiate_tiles", 90): 304,
+    ("differentiate_tiles", 100): 144,
+    # With sinks, a softcap, documents and a mask at once; nothing spills without them.
+    ("differentiate_blocks", 80): 1416,
+    ("differentiate_blocks", 86): 728,
+    ("differentiate_blocks", 89): 728,
     ("attend_slots", 86): 8,
     ("attend_slots", 89): 8,
 }
