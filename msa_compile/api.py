@@ -55,8 +55,9 @@ def sparsify(
     backend, which rewrites each attention site that it can prove. Sites that it cannot prove stay dense with a reason,
     see :func:`explain`. Batch and sequence length are dynamic; the first call of each kind (prefill, decode) compiles.
 
-    A deep copy and a pickle of the model are sparse too. ``state_dict`` and ``save_pretrained`` hold the plain weights
-    and nothing of this package: what is loaded from them is a dense model, to be sparsified again.
+    A deep copy and a pickle of the model are sparse too. ``state_dict`` and ``save_pretrained`` hold the plain weights,
+    and those of index branches where there are any: what is loaded from them is a dense model, to be sparsified again,
+    and :func:`save` and :func:`load` bring its branches back.
 
     Args:
         model: Any module whose attention Dynamo can capture.
