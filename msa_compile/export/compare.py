@@ -40,7 +40,7 @@ def compare(
         budget: Keys that a query attends to.
 
     Raises:
-        ExportMismatchError: Some output differs.
+        ExportMismatchError: Some output differs, or nothing could be compared.
     """
     module = sparse.program.module(check_guards=False)
     wanted, left_out = samples(sparse, block_size, budget)
@@ -55,6 +55,11 @@ def compare(
             continue
         chosen.append(sample)
         equal.append(_compare(runtime, sparse, sample, expected, run(sample)))
+    if not chosen:
+        raise ExportMismatchError(
+            f"nothing could be compared between {runtime} and PyTorch: {'; '.join(left_out)}. Nothing was written. "
+            "Give dynamic_shapes whose sizes go together."
+        )
     done = f"{runtime} on a CPU equals PyTorch at " + "; ".join(
         f"{sample} ({worst:.0e} of the largest value)" for sample, worst in zip(chosen, equal, strict=True)
     )

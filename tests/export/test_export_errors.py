@@ -123,6 +123,14 @@ def test_a_file_that_computes_something_else_is_not_left(export, monkeypatch):
         export()
 
 
+def test_a_file_that_was_compared_nowhere_is_not_left(export, monkeypatch):
+    monkeypatch.setattr(compare, "samples", lambda *_: ([], ("length 3: the model does not take it",)))
+    with pytest.raises(
+        ExportMismatchError, match=r"nothing could be compared .*: length 3: the model does not take it"
+    ):
+        export()
+
+
 def test_a_model_that_keeps_its_cache_to_itself_is_refused(tmp_path):
     model = ZOO["gpt_fast"].build()
     model.setup_caches(2)
