@@ -26,7 +26,8 @@ from benchmarks.speed.measure import Limits, Row, run_case, warm_up
 from benchmarks.speed.roofline import Roofline, measure_roofline
 from benchmarks.speed.setting import DTYPES, Setting
 from benchmarks.speed.write import Machine, Results, write_results
-from msa_compile.bench.model import Request, run_model
+from msa_compile.bench.model import run_model
+from msa_compile.bench.result import Request
 from msa_compile.bench.table import to_markdown
 from msa_compile.kernels.break_even import cpu_name, kernels_version
 

@@ -25,7 +25,8 @@ from benchmarks.gpu_check.timing import Wanted, measure
 from benchmarks.gpu_check.write import Findings
 from benchmarks.speed.measure import warm_up
 from benchmarks.speed.roofline import measure_roofline
-from msa_compile.bench.model import Request, run_model
+from msa_compile.bench.model import run_model
+from msa_compile.bench.result import Request
 from msa_compile.bench.table import to_markdown
 from msa_compile.kernels import block_sparse_attention, select_blocks
 from msa_compile.kernels.block_sparse_attention import cuda as attention_cuda

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from msa_compile.backend import INNER_COMPILERS
-from msa_compile.bench.model import DENSE, DTYPES, SPARSE, Request, first_calls, run_model
+from msa_compile.bench.model import first_calls, run_model
+from msa_compile.bench.result import DENSE, DTYPES, SPARSE, Request
 from msa_compile.bench.subject import SHAPES
 from msa_compile.bench.table import to_text
 from msa_compile.errors import BenchArgumentError, MSAError
@@ -64,6 +65,7 @@ def to_request(options: argparse.Namespace) -> Request:
         block_size=options.block_size,
         topk=options.topk,
         dense_below="auto" if options.dense_below is None else options.dense_below,
+        indexer=options.indexer,
         new_tokens=options.new,
         seconds=options.seconds,
         has_compile_times=not options.no_compile_times,
@@ -97,6 +99,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--block-size", type=int, default=128)
     add("--topk", type=int, default=16, help="blocks a query (default %(default)s)")
     add("--dense-below", type=int, metavar="N", help="(default: the measured break-even; 0: everything runs sparse)")
+    add("--indexer", choices=("keys", "learned"), default="keys", help="(default %(default)s; learned is not trained)")
     add("--new", type=int, default=16, metavar="N", help="tokens of decode to time, at most (default %(default)s)")
     add("--seconds", type=float, default=20.0, help="to fill with rounds of one length (default %(default)s)")
     add("--no-compile-times", action="store_true", help="leave out what takes four more processes")

@@ -8,9 +8,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -19,7 +19,8 @@ from msa_compile import MSAConfig
 from msa_compile.backend import check_inner
 from msa_compile.bench.amdahl import Shares, attention_flops, attention_seconds, other_flops_per_token
 from msa_compile.bench.memory import peak_above
-from msa_compile.bench.spread import Spread, take_rounds
+from msa_compile.bench.result import DENSE, DTYPES, SPARSE, Compiling, LengthResult, ModelResult, Request
+from msa_compile.bench.spread import take_rounds
 from msa_compile.bench.subject import Subject, build_subject, size_of
 from msa_compile.errors import BenchArgumentError
 from msa_compile.kernels.cache_dir import CACHE_VARIABLE
@@ -27,119 +28,10 @@ from msa_compile.kernels.stopwatch import seconds_of
 from msa_compile.records import Site
 from msa_compile.runtime import mark_dynamic
 
-DENSE, SPARSE = "dense", "sparse"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_CPU = torch.device("cpu")
 # A size that was taken for a constant shows as a number only when it has changed.
 _STEPS_THAT_COMPILE = 3
 # Relative difference of logits, all blocks selected, that a dtype's rounding over a model's layers explains.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to measure.
-
-    Attributes:
-        model: As ``build_subject`` takes it.
-        lengths: Of prompts, in tokens.
-        layers: To keep; default all, or what fits.
-        dtype, device: Of weights and caches.
-        inner: Compiler of both models: ``"inductor"``, ``"aot_eager"`` or ``"eager"`` (nothing is compiled then).
-        block_size, topk, dense_below: Of ``MSAConfig``.
-        new_tokens: Steps of decode that are timed.
-        seconds: Time to fill with rounds of prefill at one length.
-        has_compile_times: Whether compilation is timed, in processes of its own.
-    """
-
-    model: str
-    lengths: tuple[int, ...]
-    layers: int | None = None
-    dtype: torch.dtype = torch.float32
-    device: torch.device = _CPU
-    inner: str = "inductor"
-    block_size: int = 128
-    topk: int = 16
-    dense_below: int | Literal["auto"] = "auto"
-    new_tokens: int = 16
-    seconds: float = 20.0
-    has_compile_times: bool = True
-
-
-@dataclass(frozen=True)
-class LengthResult:
-    """One prompt length; times in seconds, by ``"dense"`` and ``"sparse"``.
-
-    Attributes:
-        length: Tokens of the prompt.
-        first_token: Time to first token: the prefill.
-        first_token_ratio: Dense over sparse, above 1 where sparse is faster.
-        step: Time of one new token; its inverse is tokens per second.
-        step_ratio: Dense over sparse.
-        peak_bytes: Of a prefill, above the weights, cache included; ``None`` where it cannot be told.
-        shares: What part of the dense time is attention.
-    """
-
-    length: int
-    first_token: Mapping[str, Spread]
-    first_token_ratio: Spread
-    step: Mapping[str, Spread]
-    step_ratio: Spread
-    peak_bytes: Mapping[str, int | None]
-    shares: Shares
-
-
-@dataclass(frozen=True)
-class Compiling:
-    """Seconds of the first prefill and steps above later ones, in a process of its own.
-
-    Attributes:
-        cold: With an empty cache.
-        warm: In another process, with the cache on disk that the first one filled.
-    """
-
-    cold: float
-    warm: float
-
-
-@dataclass(frozen=True)
-class ModelResult:
-    """All that was measured of a model.
-
-    Attributes:
-        model, layers, all_layers, parameters, notes: What it was.
-        dtype, device, threads, inner, torch: Where and how.
-        block_size, topk, dense_below: The budget, and what was said of calls that stay dense.
-        gate: ``"green ..."``, or what is wrong; there are no lengths then.
-        sparse_sites, dense_sites, dense_calls: Of the report; the last should be 0.
-        lengths: Shortest first.
-        compiling: By ``"dense"`` and ``"sparse"``.
-    """
-
-    model: str
-    layers: int
-    all_layers: int
-    parameters: int
-    notes: tuple[str, ...]
-    dtype: str
-    device: str
-    threads: int
-    inner: str
-    torch: str
-    block_size: int
-    topk: int
-    dense_below: tuple[str, ...]
-    gate: str
-    sparse_sites: int
-    dense_sites: int
-    dense_calls: int
-    lengths: tuple[LengthResult, ...]
-    compiling: Mapping[str, Compiling]
-
-    @property
-    def is_green(self) -> bool:
-        """Whether there are numbers."""
-        return self.gate.startswith("green")
 
 
 def run_model(
@@ -200,6 +92,8 @@ def _measure(subject: Subject, request: Request, say: Callable[[str], None]) -> 
         block_size=request.block_size,
         topk=request.topk,
         dense_below=tuple(dict.fromkeys(str(site.dense_below) for site in report.sparse)),
+        learned_sites=len({site.name for site in report.sparse if site.indexer == "learned"}),
+        missed_selections=report.missed_selections,
         gate=verdict,
         sparse_sites=len({site.name for site in report.sparse}),
         dense_sites=len({site.name for site in report.dense}),
@@ -224,10 +118,19 @@ def _prompt(subject: Subject, length: int, request: Request) -> torch.Tensor:
     return torch.randint(subject.vocabulary, (1, length), generator=generator).to(request.device)
 
 
+def _config(request: Request) -> MSAConfig:
+    return MSAConfig(
+        block_size=request.block_size,
+        topk_blocks=request.topk,
+        dense_below=request.dense_below,
+        indexer=request.indexer,
+    )
+
+
 def _gate(subject: Subject, request: Request) -> str:
     """With all blocks selected, prefill and one step have to give the logits of the untouched model."""
     length = 3 * request.block_size + request.block_size // 2 + 1
-    config = MSAConfig(block_size=request.block_size, topk_blocks=length // request.block_size + 2, dense_below=0)
+    config = replace(_config(request), topk_blocks=length // request.block_size + 2, dense_below=0)
     ids, token = _prompt(subject, length, request), _prompt(subject, 1, request)
     sparse = msa_compile.sparsify(subject.twin(), config, example_inputs=subject.first(ids), inner="eager")
     worst = 0.0
@@ -238,9 +141,11 @@ def _gate(subject: Subject, request: Request) -> str:
             results[name] = model(**(subject.after(token, results[name]) if step else subject.first(ids)))
             logits[name] = subject.logits(results[name]).double()
         worst = max(worst, float((logits[SPARSE] - logits[DENSE]).norm() / logits[DENSE].norm()))
-    dense_calls = msa_compile.explain(sparse).dense_calls
-    if dense_calls:
-        return f"RED: {dense_calls} calls of the sparse model ran dense"
+    report = msa_compile.explain(sparse)
+    if report.dense_calls:
+        return f"RED: {report.dense_calls} calls of the sparse model ran dense"
+    if report.missed_selections:
+        return f"RED: {report.missed_selections} selections of a learned indexer found no index keys"
     tolerance = _TOLERANCE[request.dtype]
     if not worst <= tolerance:
         return f"RED: with all blocks the logits differ from dense by {worst:.1e}, more than {tolerance:.0e}"
@@ -255,10 +160,9 @@ class _Pair:
         self.request = request
         self.plain = subject.model
         self.results: dict[str, Any] = {}
-        config = MSAConfig(block_size=request.block_size, topk_blocks=request.topk, dense_below=request.dense_below)
         ids = _prompt(self.subject, min(request.lengths), request)
         self.sparse = msa_compile.sparsify(
-            self.subject.twin(), config, example_inputs=self.subject.first(ids), inner=request.inner
+            self.subject.twin(), _config(request), example_inputs=self.subject.first(ids), inner=request.inner
         )
         self.dense: Callable[..., Any] = self.subject.twin()
         if request.inner != "eager":
@@ -377,6 +281,7 @@ def to_arguments(request: Request) -> list[str]:
         "--block-size": request.block_size,
         "--topk": request.topk,
         "--dense-below": None if request.dense_below == "auto" else request.dense_below,
+        "--indexer": request.indexer,
         "--new": request.new_tokens,
         "--seconds": request.seconds,
     }

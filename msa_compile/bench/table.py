@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from msa_compile.bench.amdahl import ceiling
-from msa_compile.bench.model import DENSE, SPARSE, LengthResult, ModelResult
+from msa_compile.bench.result import DENSE, SPARSE, LengthResult, ModelResult
 from msa_compile.bench.spread import Spread
 from msa_compile.table import to_table
 
@@ -38,6 +38,16 @@ def _head(result: ModelResult) -> list[str]:
         f"{result.sparse_sites} sparse and {result.dense_sites} dense sites; calls that ran dense around the model: "
         f"{result.dense_calls}",
         *result.dense_below,
+        *_branches(result),
+    ]
+
+
+def _branches(result: ModelResult) -> list[str]:
+    if not result.learned_sites:
+        return []
+    return [
+        f"{result.learned_sites} sites with an index branch that is not trained: it takes a trained one's time, and "
+        f"selects other blocks; selections without index keys: {result.missed_selections}"
     ]
 
 

@@ -13,7 +13,8 @@ from msa_compile.bench import model as model_module
 from msa_compile.bench import subject as subject_module
 from msa_compile.bench.__main__ import main, parse, parse_lengths, to_request
 from msa_compile.bench.amdahl import attention_flops, ceiling, other_flops_per_token
-from msa_compile.bench.model import Compiling, Request, _gate, compile_times, first_calls, run_model, to_arguments
+from msa_compile.bench.model import _gate, compile_times, first_calls, run_model, to_arguments
+from msa_compile.bench.result import Compiling, Request
 from msa_compile.bench.subject import SHAPES, build_subject, choose_layers
 from msa_compile.errors import BenchArgumentError, UnknownModelError
 
@@ -62,6 +63,26 @@ def test_a_built_in_shape_runs_without_transformers(monkeypatch):
     assert result.dense_below == ("calls with at most 0 keys run dense (given)",)
     with pytest.raises(UnknownModelError, match=r"need transformers: pip install msa_compile\[hf\]"):
         run_model(replace(TINY, model="some/name"), say=lambda text: None)
+
+
+def test_index_branches_are_timed_and_said_to_be_untrained(capsys):
+    assert (
+        main(["tiny", "--lengths", "64", *FLAGS, "--dense-below", "0", "--indexer", "learned", "--no-compile-times"])
+        == 0
+    )
+    said = "2 sites with an index branch that is not trained"
+    assert re.search(f"{said}.*; selections without index keys: 0", capsys.readouterr().out)
+
+
+def test_a_selection_without_index_keys_turns_the_gate_red(monkeypatch):
+    subject = build_subject("tiny", None, torch.float32, CPU)
+
+    def copied(token, result):
+        return {"ids": token, "past": [(k.clone(), v.clone()) for k, v in result[1]]}
+
+    with torch.no_grad():
+        said = _gate(replace(subject, after=copied), replace(TINY, indexer="learned"))
+    assert said == "RED: 2 selections of a learned indexer found no index keys"
 
 
 def test_a_red_gate_prints_no_numbers(monkeypatch, capsys):
@@ -152,7 +173,7 @@ def test_the_ceiling_is_amdahls():
 
 
 def test_a_request_is_its_command_line():
-    for request in (TINY, replace(TINY, dense_below="auto", layers=1, dtype=torch.bfloat16, device=CPU)):
+    for request in (TINY, replace(TINY, dense_below="auto", layers=1, dtype=torch.bfloat16, indexer="learned")):
         assert to_request(parse(to_arguments(request))) == request
     assert parse_lengths("8192,32768") == (8192, 32768)
 
