@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# Of each layer buffers for keys and values, [B, Hkv, capacity, D].
 Cache = list[tuple[Tensor, Tensor]]
 
 
@@ -46,7 +47,7 @@ def rotate(x: Tensor, start: int, theta: float) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with a cache that grows by concatenation."""
+    """Grouped-query self-attention with a cache of buffers that new tokens are written into."""
 
     def __init__(self, widths: Widths) -> None:
         super().__init__()
@@ -59,20 +60,23 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(dim) if widths.has_qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(dim) if widths.has_qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """``x`` is ``[B, T, C]``; with ``past`` it is one new token."""
+    def forward(self, x: Tensor, cache: tuple[Tensor, Tensor], start: int) -> Tensor:
+        """``x`` is ``[B, T, C]``: a whole prompt, which starts at 0, or one token after ``start`` others."""
         q, k, v = (
             project(x).unflatten(-1, (-1, self.widths.head_dim)).transpose(1, 2) for project in (self.q, self.k, self.v)
         )  # [B, H, T, D]
-        start = 0 if past is None else past[0].shape[2]
         theta = self.widths.theta
         q, k = rotate(self.q_norm(q), start, theta), rotate(self.k_norm(k), start, theta)
-        if past is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        keys, values = cache
+        end = start + x.shape[1]
+        keys[:, :, start:end] = k
+        values[:, :, start:end] = v
+        keys, values = keys[:, :, :end], values[:, :, :end]
+        if x.shape[1] > 1:
+            y = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
         else:
-            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-        return self.o(y.transpose(1, 2).flatten(2)), (k, v)
+            y = F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
+        return self.o(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 class Layer(nn.Module):
@@ -86,12 +90,11 @@ class Layer(nn.Module):
         self.up = nn.Linear(widths.hidden, widths.mlp, bias=False)
         self.down = nn.Linear(widths.mlp, widths.hidden, bias=False)
 
-    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, x: Tensor, cache: tuple[Tensor, Tensor], start: int) -> Tensor:
         """``x`` is ``[B, T, C]``."""
-        y, cache = self.attention(self.norm1(x), past)
-        x = x + y
+        x = x + self.attention(self.norm1(x), cache, start)
         y = self.norm2(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y)), cache
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))  # type: ignore[no-any-return]
 
 
 class Decoder(nn.Module):
@@ -99,19 +102,24 @@ class Decoder(nn.Module):
 
     def __init__(self, widths: Widths) -> None:
         super().__init__()
+        self.widths = widths
         self.embed = nn.Embedding(widths.vocabulary, widths.hidden)
         self.layers = nn.ModuleList(Layer(widths) for _ in range(widths.layers))
         self.norm = nn.RMSNorm(widths.hidden)
         self.head = nn.Linear(widths.hidden, widths.vocabulary, bias=False)
 
-    def forward(self, ids: Tensor, past: Cache | None = None) -> tuple[Tensor, Cache]:
-        """Logits of the last token, ``[B, 1, V]``, and the cache; ``ids`` is ``[B, T]``, one token with ``past``."""
+    def forward(self, ids: Tensor, cache: Cache, start: int = 0) -> Tensor:
+        """Logits of the last token, ``[B, 1, V]``; ``ids`` is ``[B, T]``, a prompt, or one token after ``start``."""
         x = self.embed(ids)
-        cache: Cache = []
-        for index, layer in enumerate(self.layers):
-            x, entry = layer(x, None if past is None else past[index])
-            cache.append(entry)
-        return self.head(self.norm(x[:, -1:])), cache
+        for layer, entry in zip(self.layers, cache, strict=True):
+            x = layer(x, entry, start)
+        return self.head(self.norm(x[:, -1:]))  # type: ignore[no-any-return]
+
+    def make_cache(self, tokens: int) -> Cache:
+        """Buffers, not filled, for one row of ``tokens`` tokens."""
+        like, widths = self.embed.weight, self.widths
+        shape = (1, widths.key_value_heads, tokens, widths.head_dim)
+        return [(like.new_empty(shape), like.new_empty(shape)) for _ in self.layers]
 
     @torch.no_grad()
     def fill_randomly(self) -> None:

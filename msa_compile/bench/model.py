@@ -74,7 +74,7 @@ def _measure(subject: Subject, request: Request, say: Callable[[str], None]) -> 
         lengths: list[LengthResult] = []
         pair = _Pair(subject, request)
         if verdict.startswith("green"):
-            other = other_flops_per_token(lambda n: pair.plain(**subject.first(_prompt(subject, n, request))))
+            other = other_flops_per_token(lambda n: pair.plain(**subject.first(_prompt(subject, n, request), 0)))
             for length in sorted(request.lengths):
                 lengths.append(pair.measure(length, other, say))
         report = msa_compile.explain(pair.sparse)
@@ -132,14 +132,15 @@ def _gate(subject: Subject, request: Request) -> str:
     length = 3 * request.block_size + request.block_size // 2 + 1
     config = replace(_config(request), topk_blocks=length // request.block_size + 2, dense_below=0)
     ids, token = _prompt(subject, length, request), _prompt(subject, 1, request)
-    sparse = msa_compile.sparsify(subject.twin(), config, example_inputs=subject.first(ids), inner="eager")
+    sparse = msa_compile.sparsify(subject.twin(), config, example_inputs=subject.first(ids, 1), inner="eager")
     worst = 0.0
-    results: dict[str, Any] = {}
+    before: dict[str, tuple[dict[str, Any], Any]] = {}
     for step in (False, True):
         logits = {}
         for name, model in ((DENSE, subject.model), (SPARSE, sparse)):
-            results[name] = model(**(subject.after(token, results[name]) if step else subject.first(ids)))
-            logits[name] = subject.logits(results[name]).double()
+            given = subject.after(token, *before[name]) if step else subject.first(ids, 1)
+            before[name] = given, model(**given)
+            logits[name] = subject.logits(before[name][1]).double()
         worst = max(worst, float((logits[SPARSE] - logits[DENSE]).norm() / logits[DENSE].norm()))
     report = msa_compile.explain(sparse)
     if report.dense_calls:
@@ -153,41 +154,48 @@ def _gate(subject: Subject, request: Request) -> str:
 
 
 class _Pair:
-    """The dense and the sparse model on the same weights, and what is left of their last calls."""
+    """The dense and the sparse model on the same weights, and arguments and results of their last calls."""
 
     def __init__(self, subject: Subject, request: Request) -> None:
         self.subject = subject
         self.request = request
         self.plain = subject.model
-        self.results: dict[str, Any] = {}
+        self.before: dict[str, tuple[dict[str, Any], Any]] = {}
+        self.room = _STEPS_THAT_COMPILE + request.new_tokens
         ids = _prompt(self.subject, min(request.lengths), request)
         self.sparse = msa_compile.sparsify(
-            self.subject.twin(), _config(request), example_inputs=self.subject.first(ids), inner=request.inner
+            self.subject.twin(),
+            _config(request),
+            example_inputs=self.subject.first(ids, self.room),
+            inner=request.inner,
         )
         self.dense: Callable[..., Any] = self.subject.twin()
         if request.inner != "eager":
             self.dense = torch.compile(self.dense, backend=request.inner)
 
     def call(self, name: str, given: dict[str, Any]) -> None:
-        """Call one of the models; its result stays for the next step."""
+        """Call one of the models; what it was given and gave stays for the next step."""
         if name == DENSE:
             # Like the door of the sparse model: lengths are open from the first call on.
             mark_dynamic(((), given))
-            self.results[name] = self.dense(**given)
+            self.before[name] = given, self.dense(**given)
         else:
-            self.results[name] = self.sparse(**given)
+            self.before[name] = given, self.sparse(**given)
 
     def prefills(self, length: int) -> dict[str, Callable[[], None]]:
         """A call of each model with a prompt."""
-        given = self.subject.first(_prompt(self.subject, length, self.request))
-        return {name: lambda name=name: self.call(name, dict(given)) for name in (DENSE, SPARSE)}  # type: ignore[misc]
+        ids, first = _prompt(self.subject, length, self.request), self.subject.first
+        return {
+            name: lambda name=name: self.call(name, first(ids, self.room))  # type: ignore[misc]
+            for name in (DENSE, SPARSE)
+        }
 
     def steps(self) -> dict[str, Callable[[], None]]:
         """A call of each model with one more token."""
         token = _prompt(self.subject, 1, self.request)
         after = self.subject.after
         return {
-            name: lambda name=name: self.call(name, after(token, self.results[name]))  # type: ignore[misc]
+            name: lambda name=name: self.call(name, after(token, *self.before[name]))  # type: ignore[misc]
             for name in (DENSE, SPARSE)
         }
 
@@ -199,7 +207,7 @@ class _Pair:
         peaks: dict[str, int | None] = {}
         for name in (DENSE, SPARSE):
             prefills[name]()
-            self.results.pop(name)
+            self.before.pop(name)
             _, peaks[name] = peak_above(prefills[name], device)
         say(f"{length} tokens: prefill")
         prefill = take_rounds(prefills, device, seconds=request.seconds, least=3, most=7)
@@ -224,7 +232,7 @@ class _Pair:
                 decode_time=min(1.0, alone[1] / step.of(DENSE).median),
             ),
         )
-        self.results.clear()
+        self.before.clear()
         return result
 
     def _sites(self) -> list[Site]:

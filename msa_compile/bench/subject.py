@@ -42,8 +42,8 @@ class Subject:
         vocabulary: Of random prompts.
         layers, all_layers: Layers that are there, and that the whole model has.
         notes: What a reader of the numbers has to know.
-        first: Arguments of a prefill, from its token ids ``[1, T]``.
-        after: Arguments of one step, from a token id ``[1, 1]`` and the result of the call before.
+        first: Arguments of a prefill, from its token ids ``[1, T]`` and how many tokens will come after them.
+        after: Arguments of one step, from a token id ``[1, 1]`` and the arguments and the result of the call before.
         logits: Of the result of a call, the last token's.
     """
 
@@ -52,8 +52,8 @@ class Subject:
     layers: int
     all_layers: int
     notes: tuple[str, ...]
-    first: Callable[[Tensor], dict[str, Any]]
-    after: Callable[[Tensor, Any], dict[str, Any]]
+    first: Callable[[Tensor, int], dict[str, Any]]
+    after: Callable[[Tensor, dict[str, Any], Any], dict[str, Any]]
     logits: Callable[[Any], Tensor]
 
     def twin(self) -> nn.Module:
@@ -106,9 +106,13 @@ def _build_shape(name: str, layers: int | None, dtype: torch.dtype, device: torc
         layers=count,
         all_layers=whole.layers,
         notes=tuple(notes),
-        first=lambda ids: {"ids": ids},
-        after=lambda token, result: {"ids": token, "past": result[1]},
-        logits=lambda result: result[0],
+        first=lambda ids, room: {"ids": ids, "cache": model.make_cache(ids.shape[1] + room), "start": 0},
+        after=lambda token, given, result: {
+            "ids": token,
+            "cache": given["cache"],
+            "start": given["start"] + given["ids"].shape[1],
+        },
+        logits=lambda result: result,
     )
 
 
@@ -152,8 +156,8 @@ def _build_hub(name: str, layers: int | None, dtype: torch.dtype, device: torch.
         layers=count,
         all_layers=whole,
         notes=tuple(notes),
-        first=lambda ids: {"input_ids": ids, "use_cache": True, **last},
-        after=lambda token, result: {
+        first=lambda ids, room: {"input_ids": ids, "use_cache": True, **last},
+        after=lambda token, given, result: {
             "input_ids": token,
             "past_key_values": result.past_key_values,
             "use_cache": True,

@@ -77,8 +77,9 @@ def test_index_branches_are_timed_and_said_to_be_untrained(capsys):
 def test_a_selection_without_index_keys_turns_the_gate_red(monkeypatch):
     subject = build_subject("tiny", None, torch.float32, CPU)
 
-    def copied(token, result):
-        return {"ids": token, "past": [(k.clone(), v.clone()) for k, v in result[1]]}
+    def copied(token, given, result):
+        cache = [(k.clone(), v.clone()) for k, v in given["cache"]]
+        return {**subject.after(token, given, result), "cache": cache}
 
     with torch.no_grad():
         said = _gate(replace(subject, after=copied), replace(TINY, indexer="learned"))
@@ -153,16 +154,17 @@ def test_steps_continue_what_a_prefill_began():
     subject = build_subject("tiny", None, torch.float32, CPU)
     ids = torch.randint(256, (1, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        whole = subject.logits(subject.model(**subject.first(ids)))
-        result = subject.model(**subject.first(ids[:, :39]))
-        torch.testing.assert_close(subject.logits(subject.model(**subject.after(ids[:, 39:], result))), whole)
+        whole = subject.logits(subject.model(**subject.first(ids, 0)))
+        given = subject.first(ids[:, :39], 1)
+        result = subject.model(**given)
+        torch.testing.assert_close(subject.logits(subject.model(**subject.after(ids[:, 39:], given, result))), whole)
 
 
 def test_flops_besides_attention_are_those_of_the_projections():
     subject = build_subject("tiny", None, torch.float32, CPU)
     weights = sum(p.numel() for name, p in subject.model.layers.named_parameters() if p.dim() == 2)
     with torch.no_grad():
-        found = other_flops_per_token(lambda n: subject.model(**subject.first(torch.zeros(1, n, dtype=torch.long))))
+        found = other_flops_per_token(lambda n: subject.model(**subject.first(torch.zeros(1, n, dtype=torch.long), 0)))
     assert found == pytest.approx(2 * weights)
 
 
