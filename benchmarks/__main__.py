@@ -110,6 +110,7 @@ def _run_end_to_end(dtype: str, device: torch.device, threads: int, options: arg
         block_size=16 if options.quick else 128,
         topk=2 if options.quick else 16,
         dense_below=0 if options.quick else "auto",
+        indexer=options.indexer,
         new_tokens=4 if options.quick else 16,
         has_compile_times=not (options.quick or options.no_compile_times),
     )
@@ -129,6 +130,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="tiny shapes, to see that everything runs; written to out/bench")
     add("--flex", action="store_true", help="compiled flex_attention is a baseline of prefill too")
     add("--model", default="qwen3-8b", help="of end_to_end: as python -m msa_compile.bench takes it")
+    add("--indexer", choices=("keys", "learned"), default="keys", help="of end_to_end (default %(default)s)")
     add("--no-compile-times", action="store_true", help="of end_to_end: leave out what takes four more processes")
     add("--layers", type=int, default=1, help="of that model (default 1)")
     add("--seconds", type=float, default=20.0, help="to fill with rounds of one row (default 20)")

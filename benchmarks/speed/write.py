@@ -112,7 +112,7 @@ def _under_roof(row: Row, roofline: Roofline | None) -> Row:
 
 
 def _model_key(entry: Mapping[str, Any]) -> tuple[object, ...]:
-    return tuple(entry[name] for name in ("model", "layers", "dtype", "threads", "inner"))
+    return tuple(entry[name] for name in ("model", "layers", "dtype", "threads", "inner", "indexer"))
 
 
 def write_results(results: Results, folder: Path, name: str) -> list[Path]:

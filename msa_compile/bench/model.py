@@ -92,6 +92,7 @@ def _measure(subject: Subject, request: Request, say: Callable[[str], None]) -> 
         block_size=request.block_size,
         topk=request.topk,
         dense_below=tuple(dict.fromkeys(str(site.dense_below) for site in report.sparse)),
+        indexer=request.indexer,
         learned_sites=len({site.name for site in report.sparse if site.indexer == "learned"}),
         missed_selections=report.missed_selections,
         gate=verdict,

@@ -92,6 +92,7 @@ class ModelResult:
         model, layers, all_layers, parameters, notes: What it was.
         dtype, device, threads, inner, torch: Where and how.
         block_size, topk, dense_below: The budget, and what was said of calls that stay dense.
+        indexer: What was asked for.
         learned_sites, missed_selections: Sites with an index branch, and how often one had no index keys, which should
             be 0.
         gate: ``"green ..."``, or what is wrong; there are no lengths then.
@@ -113,6 +114,7 @@ class ModelResult:
     block_size: int
     topk: int
     dense_below: tuple[str, ...]
+    indexer: str
     learned_sites: int
     missed_selections: int
     gate: str

@@ -19,7 +19,7 @@ def to_text(result: ModelResult) -> str:
 
 def to_markdown(result: ModelResult) -> list[str]:
     """Lines of a section."""
-    lines = [f"### {result.model}, {result.dtype}, {result.threads} thread(s)", ""]
+    lines = [f"### {result.model}, {result.dtype}, {result.threads} thread(s), {result.indexer}", ""]
     lines += [f"- {said}" for said in _head(result)]
     if result.lengths:
         lines += ["", "| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]

@@ -123,7 +123,8 @@ def test_markdown_has_times_ratios_growth_and_marks():
 
 def test_files_keep_the_rows_of_earlier_runs_on_the_same_machine(tmp_path):
     pytest.importorskip("matplotlib", reason="the picture needs the viz extra")
-    model = {"model": "m", "layers": 1, "dtype": "float32", "threads": 2, "inner": "eager", "markdown": ["### m"]}
+    model = {"model": "m", "layers": 1, "dtype": "float32", "threads": 2, "inner": "eager", "indexer": "keys"}
+    model["markdown"] = ["### m"]
     write_results(results(row(1024, 1.0, 2.0), row(2048, 1.0, 2.0), models=(model,)), tmp_path, "cpu")
     paths = write_results(results(row(2048, 1.0, 4.0), dates=("2026-02-01",)), tmp_path, "cpu")
     assert [path.name for path in paths] == ["cpu.json", "cpu.md", "cpu.png"]
