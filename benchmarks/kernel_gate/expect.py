@@ -19,6 +19,9 @@ ROWS = {
     "attend_blocks": ("HEADS_TILE", "QUERIES"),
     "differentiate_tiles": ("HEADS_TILE", "QUERIES"),
     "differentiate_blocks": ("SLOTS",),
+    "sum_logits": ("HEADS_TILE", "QUERIES"),
+    "compare_queries": ("SLOTS",),
+    "compare_keys": ("SLOTS",),
 }
 # The matrix instruction of tiles that are large enough for it; smaller ones, and older chips, have mma.sync.
 LARGE_PRODUCT = {90: "wgmma", 100: "tcgen05"}

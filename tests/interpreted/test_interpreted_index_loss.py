@@ -107,13 +107,18 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("is_selected", [False, True], ids=["all that is visible", "selected blocks"])
-@pytest.mark.parametrize("name", CASES)
-def test_sums_and_gradients_equal_those_of_float64(name: str, is_selected: bool) -> None:
+def check_case(name: str, *, is_selected: bool) -> None:
+    """Check one of the cases above."""
     sizes, bounds, options = CASES[name]
     operands = make_operands(**sizes)
     support = selected(operands, **bounds) if is_selected else Support(**bounds)
     check(operands, support, **options)
+
+
+@pytest.mark.parametrize("is_selected", [False, True], ids=["all that is visible", "selected blocks"])
+@pytest.mark.parametrize("name", CASES)
+def test_sums_and_gradients_equal_those_of_float64(name: str, is_selected: bool) -> None:
+    check_case(name, is_selected=is_selected)
 
 
 # Differences of probabilities are rounded once before they meet keys or queries.
