@@ -276,6 +276,8 @@ SLOW = (
     "the first part of a block is dropped",
     "blocks outside: the token after the last",
     "blocks outside: the first block is not merged",
+    "index loss: a query that does not count",
+    "index loss: keys of other documents",
 )
 
 

@@ -8,33 +8,41 @@ _SUMS = (
     (128, 128, 8, 3),
     (128, 64, 8, 3),
     (128, 64, 8, 2),
+    (128, 32, 8, 2),
     (64, 64, 4, 2),
     (64, 32, 4, 2),
     (32, 64, 4, 2),
     (32, 32, 4, 2),
     (16, 32, 4, 1),
 )
-# Float32 is multiplied in three parts, which take registers.
-_SINGLE_SUMS = ((32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1))
-# Key slots, queries, warps, stages: of the slots are the rows of products.
+# Float32 is multiplied in three parts, which take registers: rows times slots times channels of which they fit.
+_SINGLE_SUMS = ((32, 32, 4, 2), (32, 16, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1))
+_SINGLES = 32 * 32 * 64
+# Key slots, which are the rows of products, queries, warps, stages.
 _COMPARED = (
     (128, 64, 8, 3),
     (128, 64, 8, 2),
     (128, 32, 8, 3),
-    (64, 64, 8, 2),
-    (64, 32, 4, 2),
+    (64, 32, 8, 3),
+    (64, 32, 8, 2),
     (32, 32, 4, 2),
     (16, 32, 4, 2),
     (16, 16, 4, 1),
 )
-_SINGLES_COMPARED = ((32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1))
-# Members of a list are bits of 32.
+_SINGLES_COMPARED = ((32, 16, 8, 2), (16, 16, 4, 2), (16, 16, 4, 1))
+_SINGLE_KEYS_COMPARED = ((16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 1))
+# Slots of a step times channels, and queries of a step times channels, that leave registers for what is added up. More
+# than 32 queries fit on Hopper alone, where neither operands nor accumulators pass through them.
+_KEPT, _PASSING, _MOST_QUERIES = 128 * 128, 64 * 128, {90: 64}
+# A mask has an address for each logit: slots of a step of sums at most, and no more than 32 queries of a comparison.
+_MASKED_SLOTS = 32
+# Members of a list are bits of 32, and so are the queries of a comparison where nothing else is said.
 _LISTED = 32
-# Rows times columns of the gradient that a warp accumulates beside a teacher, a head's logits and a student.
-_ACCUMULATED = 64 * 128 // 4
 
 
-def choose_sum_tile(chip: Chip, *, heads: int, head_dim: int, item_size: int, block_size: int | None) -> Tile:
+def choose_sum_tile(
+    chip: Chip, *, heads: int, head_dim: int, item_size: int, block_size: int | None, has_mask: bool
+) -> Tile:
     """Choose the tile of `sum_logits` for `heads` heads a key head; `block_size` only where blocks are listed."""
     heads_tile = power_of_two_from(heads)
     channels = power_of_two_from(head_dim, 16)
@@ -42,8 +50,11 @@ def choose_sum_tile(chip: Chip, *, heads: int, head_dim: int, item_size: int, bl
 
     def fits(tile: tuple[int, int, int, int]) -> bool:
         rows, slots, _, stages = tile
-        held = stages * slots + (rows if chip.has_large_tiles else 0)
-        return heads_tile <= rows <= most and chip.fits(held * channels * item_size)
+        # Queries are an operand in shared memory, or pass through it on their way to registers.
+        held = stages * slots + (rows if chip.has_large_tiles else rows // 2)
+        is_narrow = slots <= _MASKED_SLOTS or not has_mask
+        is_narrow = is_narrow and (item_size == 2 or rows * slots * channels <= _SINGLES)
+        return heads_tile <= rows <= most and is_narrow and chip.fits(held * channels * item_size)
 
     tiles = _SINGLE_SUMS if item_size == 4 else _SUMS
     rows, slots, warps, stages = next((tile for tile in tiles if fits(tile)), (max(16, heads_tile), 16, 4, 1))
@@ -59,24 +70,25 @@ def choose_sum_tile(chip: Chip, *, heads: int, head_dim: int, item_size: int, bl
 
 
 def choose_comparison_tile(
-    chip: Chip, *, head_dim: int, width: int, item_size: int, block_size: int | None, is_of_keys: bool
+    chip: Chip, *, head_dim: int, width: int, item_size: int, block_size: int | None, has_mask: bool, is_of_keys: bool
 ) -> Tile:
     """Choose the tile of `compare_queries`, or of `compare_keys` with `is_of_keys`."""
     channels, width_tile = power_of_two_from(head_dim, 16), power_of_two_from(width, 16)
+    widest = max(channels, width_tile)
+    most_queries = _LISTED
+    if not has_mask and (block_size is None or is_of_keys):
+        most_queries = _MOST_QUERIES.get(chip.capability, _LISTED)
 
     def fits(tile: tuple[int, int, int, int]) -> bool:
-        slots, queries, warps, stages = tile
+        slots, queries, _, stages = tile
         # Keys stay, queries of a head come by, and differences of probabilities meet what they are multiplied by.
         held = slots * (channels + width_tile) + queries * (stages * channels + width_tile) + slots * queries
-        of_gradient = (slots if is_of_keys else queries) * width_tile
-        is_listed = block_size is not None and not is_of_keys
-        return (
-            chip.fits(held * item_size)
-            and of_gradient <= warps * _ACCUMULATED
-            and (queries <= _LISTED or not is_listed)
-        )
+        is_light = slots * widest <= _KEPT and queries * widest <= _PASSING
+        return is_light and queries <= most_queries and chip.fits(held * item_size)
 
-    tiles = _SINGLES_COMPARED if item_size == 4 else _COMPARED
+    tiles = _COMPARED
+    if item_size == 4:
+        tiles = _SINGLE_KEYS_COMPARED if is_of_keys else _SINGLES_COMPARED
     slots, queries, warps, stages = next((tile for tile in tiles if fits(tile)), tiles[-1])
     slots = slots if block_size is None else min(slots, power_of_two_from(block_size, 16))
     sizes = {"CHANNELS": channels, "WIDTH_TILE": width_tile, "QUERIES": queries, "SLOTS": slots}

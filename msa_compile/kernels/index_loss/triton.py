@@ -150,6 +150,7 @@ def find_launches(
         "width": compared["WIDTH"],
         "item_size": max(query.dtype.itemsize, index_query.dtype.itemsize),
         "block_size": block_size,
+        "has_mask": support.mask is not None,
     }
     tile = choose_comparison_tile(chip, **shape, is_of_keys=False)
     for listed, grid, told in _cut(bounds, ids, tile.sizes["QUERIES"], query.shape[0]):
@@ -173,6 +174,7 @@ def _sum_launches(operands: dict[str, Any], bounds: dict[str, Any], ids: Tensor 
         head_dim=operands["HEAD_DIM"],
         item_size=operands["query"].dtype.itemsize,
         block_size=None if ids is None else bounds["BLOCK_SIZE"],
+        has_mask=operands["mask"] is not None,
     )
     for listed, grid, told in _cut({**bounds, "groups": key_heads}, ids, tile.sizes["QUERIES"], batch):
         yield from listed

@@ -201,8 +201,9 @@ def compare_keys(
             IS_CAUSAL,
         )
         index_log_sum = tl.load(index_log_sums + wide_head * query_length + wide_token, mask=is_row, other=0.0)
-        # A query that sees nothing may be padding, which may be NaN.
-        is_row = is_row & (stop > first)
+        if queries is None:
+            # A query that sees nothing may be padding, which may be NaN; one that is listed sees something.
+            is_row = is_row & (stop > first)
         visible = is_key[:, None] & (slot[:, None] >= first[None, :]) & (slot[:, None] < stop[None, :])
         if queries is not None and document_start is not None:
             # As in `differentiate_blocks`: the blocks of a document lie across ours.

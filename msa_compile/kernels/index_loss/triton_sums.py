@@ -157,6 +157,6 @@ def sum_logits(
         if mask is not None:
             shown = mask_rows[:, None] + wide_slot[None, :] * mask_stride_k
             visible = visible & (tl.load(shown, mask=visible, other=0) != 0)
-        _, _, total, highest = weigh(logits, visible, total, highest)
+        _weights, _shrink, total, highest = weigh(logits, visible, total, highest)
     place = (wide_batch * groups * HEADS + head) * query_length + wide_token
     tl.store(log_sums + place, highest + tl.log2(total), mask=is_there)
