@@ -103,7 +103,7 @@ def _time(findings: Findings, device: torch.device, is_dry: bool, left: Callable
             Wanted("prefill", (2, 1, 16), 40, "correlated"),
             Wanted("decode", (2, 1, 16), 40, indexer="keys"),
             Wanted("backward", (2, 1, 16), 40),
-            *(Wanted("index loss", (2, 1, 16), 40, kind) for kind in (ALL, "random")),
+            Wanted("index loss", (2, 1, 16), 40),
         )
         budget = {"block_size": 8, "topk": 3}
     for wanted in rows:

@@ -76,7 +76,7 @@ def _real(first: int, last: int) -> Tensor:
 _HOLES = torch.rand(2, 2, 140, 140, generator=torch.Generator().manual_seed(3)) > 0.3
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "plain": ({}, {}, {}),
+    "plain": ({"batch": 1}, {}, {}),
     "one head a group, own keys, factors": (
         {"heads": 1, "shared": False},
         {},
@@ -244,7 +244,7 @@ def test_nobody_who_counts_is_no_loss_and_no_gradient() -> None:
 
 
 def test_layouts_and_dtypes_of_a_model_do_not_matter() -> None:
-    index_query, index_key, query, key = make_operands(batch=1, heads=2)
+    index_query, index_key, query, key = make_operands(batch=1, groups=1, heads=2)
     expected = triton.align_sums(index_query, index_key, query, key, Support())
     stored = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (index_query, query, key)]
     by_columns = index_key.mT.contiguous().mT

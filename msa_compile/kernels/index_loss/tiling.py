@@ -31,12 +31,14 @@ _COMPARED = (
 )
 _SINGLES_COMPARED = ((32, 16, 8, 2), (16, 16, 4, 2), (16, 16, 4, 1))
 _SINGLE_KEYS_COMPARED = ((16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 1))
-# Slots of a step times channels, and queries of a step times channels, that leave registers for what is added up. More
-# than 32 queries fit on Hopper alone, where neither operands nor accumulators pass through them.
-_KEPT, _PASSING, _MOST_QUERIES = 128 * 128, 64 * 128, {90: 64}
+# Slots of a step times channels, and queries of a step times channels, that leave registers for what is added up.
+_KEPT, _PASSING = 128 * 128, 64 * 128
+# Where neither operands nor accumulators of products pass through other registers there is room for 64 queries, and for
+# more slots.
+_ROOMY = 90
 # A mask has an address for each logit: slots of a step of sums at most, and no more than 32 queries of a comparison.
 _MASKED_SLOTS = 32
-# Members of a list are bits of 32, and so are the queries of a comparison where nothing else is said.
+# Members of a list are bits of 32.
 _LISTED = 32
 
 
@@ -75,16 +77,16 @@ def choose_comparison_tile(
     """Choose the tile of `compare_queries`, or of `compare_keys` with `is_of_keys`."""
     channels, width_tile = power_of_two_from(head_dim, 16), power_of_two_from(width, 16)
     widest = max(channels, width_tile)
-    most_queries = _LISTED
-    if not has_mask and (block_size is None or is_of_keys):
-        most_queries = _MOST_QUERIES.get(chip.capability, _LISTED)
+    is_roomy = chip.capability == _ROOMY
+    is_for_few = has_mask or not is_roomy or (block_size is not None and not is_of_keys)
 
     def fits(tile: tuple[int, int, int, int]) -> bool:
         slots, queries, _, stages = tile
         # Keys stay, queries of a head come by, and differences of probabilities meet what they are multiplied by.
         held = slots * (channels + width_tile) + queries * (stages * channels + width_tile) + slots * queries
-        is_light = slots * widest <= _KEPT and queries * widest <= _PASSING
-        return is_light and queries <= most_queries and chip.fits(held * item_size)
+        is_light = slots * widest <= _KEPT or (is_roomy and not is_of_keys)
+        is_light = is_light and queries * widest <= _PASSING and (queries <= _LISTED or not is_for_few)
+        return is_light and chip.fits(held * item_size)
 
     tiles = _COMPARED
     if item_size == 4:
