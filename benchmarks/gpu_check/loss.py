@@ -29,14 +29,15 @@ def compare_loss(
     options: Mapping[str, Any],
 ) -> str:
     """Say what is wrong with the sums of a call, over all keys and over the blocks; the empty text if nothing is."""
-    of_logits = {name: options.get(name) for name in ("scale", "softcap")}
-    bounds = {name: value for name, value in options.items() if name not in (*of_logits, "sinks", "block_size")}
-    operands = [tensors[name] for name in ("index_query", "index_key", "query", "key")]
+    softcap = options.get("softcap")
+    bounds = {name: value for name, value in options.items() if name not in ("softcap", "sinks", "block_size")}
+    operands = (tensors["index_query"], tensors["index_key"], tensors["query"], tensors["key"])
+    index_query, index_key, query, key = (operand.double() for operand in operands)
     tolerance = TOLERANCE[operands[0].dtype]
     for name, block_ids in ((ALL, None), ("selected blocks", ids)):
         support = Support(block_ids=block_ids, block_size=options["block_size"], **bounds)
-        found = align(*operands, support, **of_logits)
-        expected = align_sums(*(operand.double() for operand in operands), support, **of_logits)
+        found = align(*operands, support, softcap=softcap)
+        expected = align_sums(index_query, index_key, query, key, support, softcap=softcap)
         if int(found.queries) != int(expected.queries):
             return f"index loss, {name}: {int(found.queries)} queries, there are {int(expected.queries)}"
         for part, one, other in zip(AlignSums._fields, found, expected, strict=True):

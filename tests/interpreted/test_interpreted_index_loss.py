@@ -88,11 +88,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"key_start": torch.tensor([21, 0]), "key_end": torch.tensor([140, 90]), "counted": _real(21, 90)},
         {},
     ),
-    "documents": ({"heads": 2}, {"document_start": documents(67, 75, 130)}, {}),
+    "documents": ({"heads": 1}, {"document_start": documents(67, 75, 130)}, {}),
     "a mask with holes": ({"heads": 2}, {"mask": _HOLES}, {}),
     "not causal": ({"heads": 2, "queries": 70}, {"key_end": torch.tensor([140, 90]), "is_causal": False}, {}),
     "everything": (
-        {"heads": 4, "queries": 100},
+        {"groups": 1, "heads": 4, "queries": 100},
         {
             "query_start": torch.tensor([40, 25]),
             "key_start": torch.tensor([0, 9]),

@@ -88,7 +88,7 @@ def choose_comparison_tile(
         is_light = is_light and queries * widest <= _PASSING and (queries <= _LISTED or not is_for_few)
         return is_light and chip.fits(held * item_size)
 
-    tiles = _COMPARED
+    tiles: tuple[tuple[int, int, int, int], ...] = _COMPARED
     if item_size == 4:
         tiles = _SINGLE_KEYS_COMPARED if is_of_keys else _SINGLES_COMPARED
     slots, queries, warps, stages = next((tile for tile in tiles if fits(tile)), tiles[-1])
