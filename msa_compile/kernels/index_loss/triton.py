@@ -25,7 +25,7 @@ from msa_compile.kernels.index_loss.triton_index_keys import add_key_parts, comp
 from msa_compile.kernels.index_loss.triton_sums import sum_logits
 from msa_compile.kernels.launch import Launch, Tile, divide_up, power_of_two_from
 
-# What a kernel that turns a selection around tells another, and what takes its place where everything is visible.
+# Where the support is everything that is visible there are no lists: what kernels are told in their place.
 _NO_LISTS = {"starts": None, "members": None, "counts": None, "list_size": 0, "chunk_start": 0}
 _NO_TURN = {
     **dict.fromkeys(("block_ids", "queries", "list_start", "item_start", "item_blocks")),
@@ -115,7 +115,7 @@ def find_launches(
         assert block_size is not None, "ids of blocks mean nothing without block_size"
         ids = cut_ids(support.block_ids, key.shape[2], block_size)
     if support.counted is not None:
-        counted = support.counted.contiguous().view(torch.uint8)
+        counted = support.counted.expand(query.shape[0], -1).contiguous().view(torch.uint8)
     bounds = describe_bounds(
         query,
         key,
