@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.gpu_check.backward import measure_backward
 from benchmarks.gpu_check.correct import Ops, run_checks
+from benchmarks.gpu_check.loss import ALL, measure_loss
 from benchmarks.gpu_check.timing import Wanted, measure
 from benchmarks.gpu_check.write import Findings
 from benchmarks.speed.measure import warm_up
@@ -42,6 +43,7 @@ ROWS = (
     *(Wanted("prefill", _PAPER, length, "correlated") for length in (512 * K, 1024 * K)),
     *(Wanted("decode", _QWEN, length, indexer=kind) for length in (32 * K, 128 * K) for kind in ("learned", "keys")),
     *(Wanted("backward", _PAPER, length, "correlated") for length in (8 * K, 32 * K)),
+    *(Wanted("index loss", _PAPER, 8 * K, kind) for kind in (ALL, "correlated")),
     Wanted("decode", _PAPER, 512 * K),
     *(Wanted("decode", _PAPER, length, batch=16) for length in (32 * K, 128 * K)),
     *(Wanted("prefill", _PAPER, length) for length in (512 * K, 1024 * K)),
@@ -51,6 +53,7 @@ MODELS = (("qwen3-8b", 2, (32 * K,)), ("minimax-m3", 2, (32 * K,)))
 _FOR_MODELS, _FOR_A_MODEL = 150, 60
 # A row is begun while so many seconds are left for it.
 _FOR_A_ROW = 25
+_MEASURES = {"prefill": measure, "decode": measure, "backward": measure_backward, "index loss": measure_loss}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,6 +104,7 @@ def _time(findings: Findings, device: torch.device, is_dry: bool, left: Callable
             Wanted("prefill", (2, 1, 16), 40, "correlated"),
             Wanted("decode", (2, 1, 16), 40, indexer="keys"),
             Wanted("backward", (2, 1, 16), 40),
+            Wanted("index loss", (2, 1, 16), 40),
         )
         budget = {"block_size": 8, "topk": 3}
     for wanted in rows:
@@ -108,8 +112,7 @@ def _time(findings: Findings, device: torch.device, is_dry: bool, left: Callable
             findings.add_note(f"left out for want of time: {wanted}")
             continue
         try:
-            measured = measure_backward if wanted.case == "backward" else measure
-            row = measured(wanted, device, findings.roofline, **budget)
+            row = _MEASURES[wanted.case](wanted, device, findings.roofline, **budget)
         except torch.OutOfMemoryError:
             findings.add_note(f"left out, the memory is too small: {wanted}")
             continue

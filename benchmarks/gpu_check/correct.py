@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_check.loss import compare_loss
 from benchmarks.speed.gate import TOLERANCE
 from msa_compile.kernels.block_sparse_attention import cuda as attention_cuda
 from msa_compile.kernels.block_sparse_attention import reference as attention_reference
 from msa_compile.kernels.block_sparse_attention.reference import Gradients
+from msa_compile.kernels.index_loss import triton as loss_kernels
+from msa_compile.kernels.index_loss.align_loss import AlignSums, Support
 from msa_compile.kernels.select_blocks import reference as selection_reference
 
 
@@ -28,12 +31,14 @@ class Ops:
         select, attend: The two ops; many queries go by tiles or by blocks, as shapes say.
         attend_by_blocks: The same with blocks outside, wherever that order can run.
         differentiate: The backward of ``attend``; it is given the gradient of the output first.
+        align: The sums of the index loss.
     """
 
     select: Callable[..., Tensor]
     attend: Callable[..., Tensor]
     attend_by_blocks: Callable[..., Tensor] = _attend_by_blocks
     differentiate: Callable[..., Gradients] = attention_cuda.block_sparse_attention_backward
+    align: Callable[..., AlignSums] = loss_kernels.align_sums
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class Check:
         block_size, topk: Keys in a block, blocks a query.
         is_shared: One index key for all groups.
         has: Names of what bounds the slots, and of ``sinks``, ``softcap`` and ``window``.
-        is_whole: The other order and the gradients too; not everywhere, for each is some kernels more to compile.
+        is_whole: The other order, the gradients and the index loss too; not everywhere, for each is some kernels more
+            to compile.
     """
 
     name: str
@@ -178,7 +184,8 @@ def _run(ops: Ops, check: Check, device: torch.device, shrink: int) -> str:
     said = _compare(ops.attend_by_blocks(*operands, **options), expected, TOLERANCE[check.dtype])
     if said:
         return f"with blocks outside: {said}"
-    return _compare_gradients(ops, operands, exact, options, TOLERANCE[check.dtype])
+    said = _compare_gradients(ops, operands, exact, options, TOLERANCE[check.dtype])
+    return said or compare_loss(ops.align, tensors, ids, options)
 
 
 def _compare(output: Tensor, expected: Tensor, tolerance: float) -> str:
@@ -247,13 +254,15 @@ def _check_bits(ops: Ops, device: torch.device, shrink: int) -> str:
 
 
 def _all_of(ops: Ops, inputs: _Inputs) -> list[Tensor]:
-    """What is selected, what comes out in either order, and the gradients."""
+    """What is selected, what comes out in either order, the gradients, and the sums of the index loss."""
     ids, output = _both(ops, inputs)
     operands = (inputs.tensors["query"], inputs.tensors["key"], inputs.tensors["value"], ids)
     options = {"block_size": inputs.choose["block_size"], **inputs.attend, **inputs.bounds}
     gradients = ops.differentiate(output, *operands, **options)
     by_blocks = ops.attend_by_blocks(*operands, **options)
-    return [ids, output, by_blocks, *(one for one in gradients if one is not None)]
+    support = Support(block_ids=ids, block_size=options["block_size"], **inputs.bounds)
+    sums = ops.align(*(inputs.tensors[name] for name in ("index_query", "index_key", "query", "key")), support)
+    return [ids, output, by_blocks, *(one for one in (*gradients, *sums) if one is not None)]
 
 
 def _few_and_many(device: torch.device) -> list[_Inputs]:

@@ -38,10 +38,10 @@ class Row:
     """One measured call, selection included.
 
     Attributes:
-        case: ``"prefill"``, ``"decode"`` or ``"backward"``.
+        case: ``"prefill"``, ``"decode"``, ``"backward"`` or ``"index loss"``.
         heads: ``"Hq,Hkv,D"``.
         length, batch: Tokens of the key cache, rows.
-        selection: ``"random"`` or ``"correlated"``.
+        selection: ``"random"`` or ``"correlated"``; of the index loss also ``"all keys"``.
         indexer: ``"learned"`` (one index key) or ``"keys"``.
         gate: ``"green ..."``, or what was found wrong.
         blocks_a_tile: Mean number of different blocks of a tile of queries; ``None`` in decode.

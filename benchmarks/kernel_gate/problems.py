@@ -1,4 +1,4 @@
-"""What the gate compiles: calls of the two ops over heads, dtypes, blocks and features, as launches that never run."""
+"""What the gate compiles: calls of the ops over heads, dtypes, blocks and features, as launches that never run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from msa_compile.kernels.launch import Launch
 
 @dataclass(frozen=True)
 class Problem:
-    """One call of each op, batch 1 unless it says so.
+    """One call of selection and attention, or of what trains them, batch 1 unless it says so.
 
     Attributes:
         name: On the command line.
@@ -28,6 +28,7 @@ class Problem:
         has_documents: Packed documents, and nothing else.
         has_everything: Sinks, softcap, window, ragged rows, documents and a mask.
         is_backward: The gradients of the attention, and no forward.
+        loss: The index loss and its gradients alone, over ``"all"`` slots or those of ``"selected"`` blocks.
         order: Of many queries, ``"tiles"`` or ``"blocks"``; default as shapes choose.
     """
 
@@ -43,6 +44,7 @@ class Problem:
     has_documents: bool = False
     has_everything: bool = False
     is_backward: bool = False
+    loss: str | None = None
     order: str | None = None
 
 
@@ -78,6 +80,28 @@ PROBLEMS = {
         Problem("backward, blocks of 32", (32, 8, 64), 32 * K, 32 * K, block_size=32, topk=32, is_backward=True),
         Problem("backward, everything", (64, 8, 64), 8 * K, 8 * K, batch=2, has_everything=True, is_backward=True),
         Problem("backward, float32", (32, 8, 128), 8 * K, 8 * K, torch.float32, is_backward=True),
+        Problem("index loss, 16 heads a group", (64, 4, 128), 32 * K, 32 * K, loss="all"),
+        Problem("index loss, 16 heads a group, selected", (64, 4, 128), 128 * K, 128 * K, loss="selected"),
+        Problem("index loss, 4 heads a group", (32, 8, 128), 32 * K, 32 * K, loss="all"),
+        Problem("index loss, 1 head a group, D 64", (16, 16, 64), 32 * K, 32 * K, torch.float16, loss="all"),
+        Problem(
+            "index loss, 8 heads a group, D 96, blocks of 64, selected",
+            (32, 4, 96),
+            32 * K,
+            32 * K,
+            block_size=64,
+            topk=32,
+            loss="selected",
+        ),
+        Problem("index loss, 2 heads a group, D 256", (16, 8, 256), 32 * K, 32 * K, loss="all"),
+        Problem("index loss, 2 heads a group, D 256, selected", (16, 8, 256), 32 * K, 32 * K, loss="selected"),
+        Problem("index loss, one group, documents", (8, 1, 128), 32 * K, 32 * K, has_documents=True, loss="all"),
+        Problem("index loss, everything", (64, 8, 64), 8 * K, 8 * K, batch=2, has_everything=True, loss="all"),
+        Problem(
+            "index loss, everything, selected", (64, 8, 64), 8 * K, 8 * K, batch=2, has_everything=True, loss="selected"
+        ),
+        Problem("index loss, float32", (32, 8, 128), 8 * K, 8 * K, torch.float32, loss="all"),
+        Problem("index loss, float32, selected", (32, 8, 128), 8 * K, 8 * K, torch.float32, loss="selected"),
     )
 }
 
@@ -86,6 +110,8 @@ def launches_of(problem: Problem, chip: Chip) -> Iterator[Launch]:
     """Give the first launch of each kernel that the problem runs on a chip; tensors have no memory."""
     from msa_compile.kernels.block_sparse_attention import triton as attention
     from msa_compile.kernels.block_sparse_attention import triton_backward as backward
+    from msa_compile.kernels.index_loss import triton as loss
+    from msa_compile.kernels.index_loss.align_loss import Support
     from msa_compile.kernels.select_blocks import triton as selection
 
     heads, groups, dim = problem.heads
@@ -137,9 +163,36 @@ def launches_of(problem: Problem, chip: Chip) -> Iterator[Launch]:
             )
         )
         return
-    index_key = of_rows(1 if problem.is_shared else groups, keys)
+    index_query, index_key = of_rows(groups, queries), of_rows(1 if problem.is_shared else groups, keys)
+    if problem.loss is not None:
+        of_support = {name: value for name, value in common.items() if name not in ("chip", "block_size")}
+        support = Support(
+            block_ids=block_ids if problem.loss == "selected" else None,
+            block_size=problem.block_size,
+            window=of_logits["window"],
+            counted=torch.empty(batch, queries, dtype=torch.bool, device="meta"),
+            **of_support,
+        )
+        sums = (torch.empty(tensor.shape[:3], device="meta") for tensor in (index_query, query, index_query))
+        gradients = (torch.empty(tensor.shape, device="meta") for tensor in (index_query, index_key))
+        yield from _first_of_each(
+            loss.find_launches(
+                index_query,
+                index_key,
+                query,
+                key,
+                support,
+                *sums,
+                *gradients,
+                index_scale=None,
+                scale=None,
+                softcap=of_logits["softcap"],
+                chip=chip,
+            )
+        )
+        return
     yield from _first_of_each(
-        selection.find_launches(of_rows(groups, queries), index_key, block_ids, local_blocks=1, sink_blocks=0, **common)
+        selection.find_launches(index_query, index_key, block_ids, local_blocks=1, sink_blocks=0, **common)
     )
     yield from _first_of_each(
         attention.find_launches(
@@ -149,9 +202,10 @@ def launches_of(problem: Problem, chip: Chip) -> Iterator[Launch]:
 
 
 def _first_of_each(launches: Iterator[Launch]) -> Iterator[Launch]:
-    """Kernels take turns over chunks of queries; the first launch of each stands for all."""
+    """Kernels take turns over chunks of queries; the first launch of each kernel and tile stands for all."""
     seen = set()
     for launch in launches:
-        if launch.kernel not in seen:
-            seen.add(launch.kernel)
+        compiled = (launch.kernel, *launch.tile.sizes.items())
+        if compiled not in seen:
+            seen.add(compiled)
             yield launch

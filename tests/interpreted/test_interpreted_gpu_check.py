@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.gpu_check import __main__ as command
 from benchmarks.gpu_check import correct
 from msa_compile.kernels.block_sparse_attention import cuda as attention_cuda
+from msa_compile.kernels.index_loss import triton as loss_kernels
 from msa_compile.kernels.select_blocks import cuda as selection_cuda
 
 FEW = tuple(check for check in correct.CHECKS if check.name.startswith("everything"))
@@ -27,12 +28,13 @@ def test_a_dry_run_checks_times_and_writes_everything(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "gpu_check.json").read_text())
     assert len(kept["checks"]) == len(FEW) + 2
     assert not any(kept["checks"].values())
-    assert [row["case"] for row in kept["rows"]] == ["prefill", "decode", "backward"]
+    assert [row["case"] for row in kept["rows"]] == ["prefill", "decode", "backward", "index loss"]
     assert all(row["gate"].startswith("green") for row in kept["rows"])
     kernels = {name for row in kept["rows"] for name in row["kernels"]}
     forward = {"score_blocks", "choose_blocks", "list_blocks", "attend_tiles", "attend_slots", "merge_slots"}
     turned = {"mark_queries", "count_queries", "place_queries", "list_queries"}
-    assert kernels == forward | turned | {"differentiate_tiles", "differentiate_blocks", "add_parts"}
+    gradients = {"differentiate_tiles", "differentiate_blocks", "add_parts"}
+    assert kernels == forward | turned | gradients | {"sum_logits", "compare_queries", "compare_keys", "add_key_parts"}
     assert set(kept["rows"][0]["orders"]) == {"tiles", "blocks"}
     assert 1 <= kept["rows"][0]["blocks_a_tile"] <= 5
     text = (tmp_path / "gpu_check.md").read_text()
@@ -61,6 +63,13 @@ def _differentiate_one_less(
     return attention_cuda.block_sparse_attention_backward(grad, query, key, value, _one_less(ids), **options)
 
 
+def _align_half(*operands: Any, **options: Any) -> Any:
+    """Drop every second query's gradient."""
+    sums = loss_kernels.align_sums(*operands, **options)
+    sums.grad_index_query[:, :, ::2] = 0
+    return sums
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -70,8 +79,12 @@ def _differentiate_one_less(
         correct.Ops(
             selection_cuda.select_blocks, attention_cuda.block_sparse_attention, differentiate=_differentiate_one_less
         ),
+        pytest.param(
+            correct.Ops(selection_cuda.select_blocks, attention_cuda.block_sparse_attention, align=_align_half),
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["selection", "attention", "blocks outside", "gradients"],
+    ids=["selection", "attention", "blocks outside", "gradients", "index loss"],
 )
 def test_wrong_kernels_fail_and_are_not_timed(
     wrong: correct.Ops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -91,7 +104,7 @@ def test_what_there_is_no_time_for_is_said(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(correct, "_check_bits", lambda *rest: "")
     assert command.main(["--dry-run", "--budget", "1", "--out", str(tmp_path)]) == 0
     notes = json.loads((tmp_path / "gpu_check.json").read_text())["notes"]
-    assert sum(note.startswith("left out for want of time") for note in notes) == 4
+    assert sum(note.startswith("left out for want of time") for note in notes) == 5
 
 
 def test_a_row_that_is_wrong_has_no_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import interpreter  # noqa: F401  # skips this file in other processes
 import kernel_laws as laws
 import pytest
 from kernel_laws import Implementation, make_case
+from test_interpreted_index_loss import check_case
 from test_kernel_laws import CASES
 
 from msa_compile.kernels import block_sparse_attention, select_blocks
@@ -25,6 +26,8 @@ from msa_compile.kernels.block_sparse_attention import (
     triton_tiles,
     triton_turn,
 )
+from msa_compile.kernels.index_loss import triton as index_loss
+from msa_compile.kernels.index_loss import triton_compare, triton_index_keys, triton_sums
 from msa_compile.kernels.select_blocks import triton as selection
 from msa_compile.kernels.select_blocks import triton_choose, triton_scores
 
@@ -54,6 +57,10 @@ def _blocks_outside(name: str) -> Callable[[], None]:
             laws.check_equals_oracle(OPS, CASES[name])
 
     return check
+
+
+def _loss(name: str, *, is_selected: bool) -> Callable[[], None]:
+    return lambda: check_case(name, is_selected=is_selected)
 
 
 # The kernel's module, the module that launches it, the kernel, what it says, what the mutant says, the law.
@@ -226,6 +233,38 @@ MUTANTS = {
         "is_part = (block >= 1)",
         _blocks_outside("ragged right padding"),
     ),
+    "index loss: the normaliser of the token after the last": (
+        triton_sums,
+        index_loss,
+        "sum_logits",
+        "(slot[None, :] < stop[:, None])",
+        "(slot[None, :] <= stop[:, None])",
+        _loss("plain", is_selected=False),
+    ),
+    "index loss: a query that does not count": (
+        triton_compare,
+        index_loss,
+        "compare_queries",
+        "is_row = is_counted(counted, batch, token, is_there, query_length)",
+        "is_row = is_there",
+        _loss("ragged rows", is_selected=False),
+    ),
+    "index loss: keys of other documents": (
+        triton_index_keys,
+        index_loss,
+        "compare_keys",
+        "(is_low & has_low[None, :]) | (~is_low & has_high[None, :])",
+        "has_low[None, :] | has_high[None, :]",
+        _loss("documents", is_selected=True),
+    ),
+    "index loss: the last group is not added": (
+        triton_index_keys,
+        index_loss,
+        "add_key_parts",
+        "for turn in range(groups_a_key):",
+        "for turn in range(groups_a_key - 1):",
+        _loss("plain", is_selected=False),
+    ),
 }
 
 
@@ -237,6 +276,9 @@ SLOW = (
     "the first part of a block is dropped",
     "blocks outside: the token after the last",
     "blocks outside: the first block is not merged",
+    "index loss: the normaliser of the token after the last",
+    "index loss: a query that does not count",
+    "index loss: keys of other documents",
 )
 
 

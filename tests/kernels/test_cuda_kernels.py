@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from msa_compile.kernels import block_sparse_attention, select_blocks, triton_support
 from msa_compile.kernels.block_sparse_attention import cuda as attention_cuda
 from msa_compile.kernels.block_sparse_attention import reference as attention_reference
+from msa_compile.kernels.index_loss import cuda as loss_cuda
+from msa_compile.kernels.index_loss.align_loss import Support, align_sums
 from msa_compile.kernels.select_blocks import cuda as selection_cuda
 from msa_compile.kernels.select_blocks import reference as selection_reference
 
@@ -75,6 +77,17 @@ def test_float64_is_computed_by_the_reference(monkeypatch: pytest.MonkeyPatch) -
     assert len(calls) == 3
 
 
+def test_the_index_loss_has_kernels_on_cuda_but_not_for_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(loss_cuda, "can_run_triton", lambda device: asked.append(device) or True)
+    with FakeTensorMode():
+        half, double = (torch.empty(1, dtype=dtype, device="cuda") for dtype in (torch.bfloat16, torch.float64))
+    assert loss_cuda.has_kernels(half, half)
+    assert not loss_cuda.has_kernels(half, double)
+    assert not loss_cuda.has_kernels(torch.empty(1))
+    assert asked == [CUDA]
+
+
 def test_ops_have_kernels_for_cuda_and_shapes_without_one() -> None:
     for name in ("select_blocks", "block_sparse_attention", "block_sparse_attention_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"msa::{name}", "CUDA")
@@ -108,3 +121,21 @@ def test_ids_and_output_equal_the_float64_oracle_on_a_gpu(case: laws.Case) -> No
 
     # Three products of tf32 are a little less exact than one of float32.
     laws.check_equals_oracle(Implementation(select, attend), case, tolerance=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("is_selected", [False, True])
+def test_index_loss_equals_float64_on_a_gpu(is_selected: bool) -> None:
+    case = make_case(queries=300, heads_a_group=4)
+    operands = [t.cuda() for t in (case.index_query, case.index_key, case.query, case.key)]
+    support = Support()
+    if is_selected:
+        support = Support(block_ids=select_blocks(*operands[:2], block_size=8, topk=3), block_size=8)
+    index_query, index_key, query, key = operands
+    found = align_sums(index_query, index_key, query, key, support)
+    exact = align_sums(index_query.double(), index_key.double(), query.double(), key.double(), support)
+    for one, other in zip(found, exact, strict=True):
+        assert one is not None
+        assert other is not None
+        assert (one.double() - other).norm() <= 1e-5 * other.double().norm()

@@ -11,7 +11,8 @@ For query `i` of group `r`, over a support `T[i, r]` of slots (all that it sees,
 
 The teacher has no gradient. Each head's probabilities are those of the tokens alone: a sink takes no part. Queries go
 through in chunks and their keys in tiles, first for the softmax's normalisers and then once more for the loss, so that
-nothing of the size `Tq * Tk` is ever held; what a query cannot see is not computed.
+nothing of the size `Tq * Tk` is ever held; what a query cannot see is not computed. What is here is plain torch and the
+specification; on a GPU Triton kernels do the same (`triton.py`).
 
 Source: MiniMax Sparse Attention (arXiv 2606.13392), equations 9 and 10.
 """
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from msa_compile.kernels.index_loss import cuda
 from msa_compile.kernels.visibility import Visibility, find_visibility
 
 # Elements of one tile's logits over all heads, and queries of a chunk at most.
@@ -148,6 +150,41 @@ def align_sums(
     has_gradients: bool = True,
 ) -> AlignSums:
     """The sums behind :func:`align_loss`, and their gradients where `has_gradients`; other arguments as there."""
+    if not cuda.has_kernels(index_query, index_key, query, key):
+        return _align_in_chunks(
+            index_query, index_key, query, key, support, index_scale, scale, softcap, has_gradients=has_gradients
+        )
+    # Imported by the first call: importing the package loads no optional package.
+    from msa_compile.kernels.index_loss import triton
+
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.no_grad(), torch.cuda.device_of(query):
+        return triton.align_sums(
+            index_query,
+            index_key,
+            query,
+            key,
+            support,
+            index_scale=index_scale,
+            scale=scale,
+            softcap=softcap,
+            has_gradients=has_gradients,
+        )
+
+
+def _align_in_chunks(
+    index_query: Tensor,
+    index_key: Tensor,
+    query: Tensor,
+    key: Tensor,
+    support: Support,
+    index_scale: float | None,
+    scale: float | None,
+    softcap: float | None,
+    *,
+    has_gradients: bool,
+) -> AlignSums:
+    """Add up in plain torch: on a CPU, in float64, and where there are no kernels."""
     groups = index_query.shape[1]
     problem = _Problem(
         index_query=index_query,
