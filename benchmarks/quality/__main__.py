@@ -13,7 +13,7 @@ import argparse
 import datetime
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from benchmarks.quality.measure import Exam, Row, examine
 from benchmarks.quality.model import LanguageModel, count_parameters
 from benchmarks.quality.piece import Piece, TimeIsUp, keep
 from benchmarks.quality.setting import TOY, Setting
-from benchmarks.quality.subjects import CALIBRATED, DENSE, SELECTORS, selecting
+from benchmarks.quality.subjects import CALIBRATED, DENSE, SELECTORS, STAGES, selecting
 from benchmarks.quality.train import train
 from benchmarks.quality.write import GOAL_SHARE, Results, write
 from examples.byte_model import load_corpus
@@ -72,17 +72,19 @@ def run(setting: Setting, kept: Path, piece: Piece) -> Iterator[Row | Choice]:
     for seed in setting.seeds:
         weights = kept / f"model-{setting.of_models}-{seed}.pt"
         model = train(setting.size, setting.training, corpus.train, seed, weights, piece)
-        indexers = kept / f"indexers-{setting.of_indexers}-{seed}"
+        indexers = {
+            selector: kept / f"indexers-{setting.of_indexers}-{stage}-{seed}" for selector, stage in STAGES.items()
+        }
         folder = kept / f"rows-{setting.of_rows}-{seed}"
         for selector in (DENSE, *SELECTORS):
-            if selector == CALIBRATED:
+            if selector in STAGES:
                 piece.check()
-                calibrate_once(model, setting, corpus, indexers, seed)
+                calibrate_once(model, setting, corpus, indexers[selector], seed, STAGES[selector])
             for share in (1,) if selector == DENSE else setting.shares:
                 piece.check()
                 yield _row(model, setting, exam, selector, share, seed, indexers, folder)
         if seed == setting.seeds[0]:
-            yield from _maps(model, setting, exam, indexers)
+            yield from _maps(model, setting, exam, indexers[CALIBRATED])
 
 
 def _row(
@@ -92,7 +94,7 @@ def _row(
     selector: str,
     share: int,
     seed: int,
-    indexers: Path,
+    indexers: Mapping[str, Path],
     folder: Path,
 ) -> Row:
     """The row of a selector and budget, measured or read from `folder`."""
@@ -103,7 +105,7 @@ def _row(
             selector,
             block_size=setting.block_size,
             topk=setting.topk(share),
-            adapter=indexers,
+            adapter=indexers.get(selector),
             seed=seed,
         ):
             row = examine(model, exam, seed=seed, selector=selector, share=share)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import msa_compile
 from benchmarks.quality.model import LanguageModel
@@ -15,7 +16,14 @@ from msa_compile import MSAConfig
 CALIBRATED_SHARE = 16  # the budget at which the gate looks; what is learned does not depend on it
 
 
-def calibrate_once(model: LanguageModel, setting: Setting, corpus: Corpus, folder: Path, seed: int) -> Path:
+def calibrate_once(
+    model: LanguageModel,
+    setting: Setting,
+    corpus: Corpus,
+    folder: Path,
+    seed: int,
+    stage: Literal["select", "align"],
+) -> Path:
     """The folder with the calibrated index branches of a dense model, which is dense again afterwards."""
     if not (folder / "msa_config.json").exists():
         batches = calibration_batches(corpus, setting.calibration_steps, setting.size.context, seed)
@@ -24,7 +32,15 @@ def calibrate_once(model: LanguageModel, setting: Setting, corpus: Corpus, folde
         try:
             checkpoint = folder.with_suffix(".checkpoint")
             result = msa_compile.calibrate(
-                model, batches, steps=setting.calibration_steps, checkpoint=checkpoint, min_mass_ratio=0.0, seed=seed
+                model,
+                batches,
+                steps=setting.calibration_steps,
+                learning_rate=setting.calibration_rate,
+                stage=stage,
+                min_mass_ratio=0.0,
+                min_found=0.0,
+                checkpoint=checkpoint,
+                seed=seed,
             )
             print(result)
             msa_compile.save(model, folder)

@@ -11,13 +11,13 @@ from pathlib import Path
 from benchmarks.quality.judge import Choice, is_chosen
 from benchmarks.quality.measure import Row, few_facts, many_facts
 from benchmarks.quality.setting import Setting
-from benchmarks.quality.subjects import CALIBRATED, DENSE, KEYS, SELECTORS
+from benchmarks.quality.subjects import CALIBRATED, DENSE, KEYS, SELECTORS, STAGES
 
 GOAL_SHARE, MOST_ABOVE, LEAST_KEPT, GOOD_DENSE = 16, 0.01, 0.99, 0.95
 
 INTRO = """# Quality of what is selected
 
-Made by `make quality` (`python -m benchmarks.quality`). {machine}, {day}.
+Made by `make quality` (`python -m benchmarks.quality`). {machine}, {day}; float32.
 
 {models}, trained from scratch: {parameters} parameters, {layers} layers,
 {heads}, {training}, sequences up to {length}. Half of what they read is the
@@ -34,8 +34,10 @@ the oracle's blocks that were chosen (own blocks, which nobody misses, left out)
 attention output. These three are taken on the dense model's own states: every eighth query of the second half of
 {judged} windows of text, mean over layers. A cell is the mean over seeds; in brackets the least and the greatest.
 
-`keys` and `learned` are the product, through `sparsify`; calibration is `msa_compile.calibrate`, {calibration} of
-training data. The others, which `benchmarks/quality/selectors.py` describes, choose the blocks of the same op.
+`keys` and `learned` are the product, through `sparsify`. *Calibrated* is `msa_compile.calibrate` with {calibration} of
+training data, learning rate {rate:g}; *align* is the same with `stage="align"`, the warm-up loss of the paper. The others,
+which `benchmarks/quality/selectors.py` describes, choose the blocks of the same op.
+[calibration_losses.md](calibration_losses.md) has what else was tried.
 """
 
 
@@ -107,6 +109,7 @@ def to_markdown(results: Results, maps: Sequence[Choice], setting: Setting, pict
         many=many_facts(size.context),
         judged=setting.judged,
         calibration=f"{setting.calibration_steps} steps of two sequences",
+        rate=setting.calibration_rate,
     )
     lines = [intro, "## Dense", "", *_dense_table(results, seeds), ""]
     lines += [f"## Goal, at 1/{GOAL_SHARE} of the keys", "", *_verdict(results), ""]
@@ -177,8 +180,8 @@ def _verdict(results: Results) -> list[str]:
     lines = ["Calibrated:", ""]
     lines += [f"- {claim}: {_yes(passed)}; worst seed {worst}." for claim, passed, worst in claims]
     lines += ["", "On the way:", ""]
-    for selector in (CALIBRATED, KEYS):
-        lines.append(f"- {_breaking_point(results, selector)}")
+    measured = {row.selector for row in results.rows}
+    lines += [f"- {_breaking_point(results, one)}" for one in (*STAGES, KEYS) if one in measured]
     return lines
 
 
