@@ -51,7 +51,7 @@ def calibrate(
     stage: Literal["select", "align", "sparse"] = "select",
     max_length: int | None = None,
     min_mass_ratio: float = 0.95,
-    min_found: float = 0.98,
+    min_found: float = 0.95,
     checkpoint: str | Path | None = None,
     progress: bool = True,
     seed: int = 0,
@@ -85,8 +85,8 @@ def calibrate(
         max_length: Tokens of a row at most; the rest is cut off.
         min_mass_ratio: The bar for attention mass, 0 to 1.
         min_found: The bar for finding, 0 to 1: of the queries that give a fifth of their attention or more to one block
-            that is not selected anyway, the share that has to select it. A fact that is lost shows here; in masses,
-            which are mostly near, it does not.
+            farther than a window of the same budget reaches, the share that has to select it. Lost facts show here, if
+            the data ask for facts; in masses, which are mostly near, they do not.
         checkpoint: A file that keeps the state about every half minute. A run that was killed goes on from there, to
             the same result, when it is started again with the same arguments.
         progress: Whether a bar is shown, where tqdm is installed.

@@ -13,7 +13,7 @@ import argparse
 import datetime
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from benchmarks.quality.measure import Exam, Row, examine
 from benchmarks.quality.model import LanguageModel, count_parameters
 from benchmarks.quality.piece import Piece, TimeIsUp, keep
 from benchmarks.quality.setting import TOY, Setting
-from benchmarks.quality.subjects import CALIBRATED, DENSE, SELECTORS, STAGES, selecting
+from benchmarks.quality.subjects import CALIBRATED, DENSE, SELECTORS, selecting
 from benchmarks.quality.train import train
 from benchmarks.quality.write import GOAL_SHARE, Results, write
 from examples.byte_model import load_corpus
@@ -72,19 +72,17 @@ def run(setting: Setting, kept: Path, piece: Piece) -> Iterator[Row | Choice]:
     for seed in setting.seeds:
         weights = kept / f"model-{setting.of_models}-{seed}.pt"
         model = train(setting.size, setting.training, corpus.train, seed, weights, piece)
-        indexers = {
-            selector: kept / f"indexers-{setting.of_indexers}-{stage}-{seed}" for selector, stage in STAGES.items()
-        }
+        indexers = kept / f"indexers-{setting.of_indexers}-{seed}"
         folder = kept / f"rows-{setting.of_rows}-{seed}"
         for selector in (DENSE, *SELECTORS):
-            if selector in STAGES:
+            if selector == CALIBRATED:
                 piece.check()
-                calibrate_once(model, setting, corpus, indexers[selector], seed, STAGES[selector])
+                calibrate_once(model, setting, corpus, indexers, seed)
             for share in (1,) if selector == DENSE else setting.shares:
                 piece.check()
                 yield _row(model, setting, exam, selector, share, seed, indexers, folder)
         if seed == setting.seeds[0]:
-            yield from _maps(model, setting, exam, indexers[CALIBRATED])
+            yield from _maps(model, setting, exam, indexers)
 
 
 def _row(
@@ -94,7 +92,7 @@ def _row(
     selector: str,
     share: int,
     seed: int,
-    indexers: Mapping[str, Path],
+    indexers: Path,
     folder: Path,
 ) -> Row:
     """The row of a selector and budget, measured or read from `folder`."""
@@ -105,7 +103,7 @@ def _row(
             selector,
             block_size=setting.block_size,
             topk=setting.topk(share),
-            adapter=indexers.get(selector),
+            adapter=indexers,
             seed=seed,
         ):
             row = examine(model, exam, seed=seed, selector=selector, share=share)

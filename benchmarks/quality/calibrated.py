@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import msa_compile
 from benchmarks.quality.model import LanguageModel
@@ -16,14 +15,7 @@ from msa_compile import MSAConfig
 CALIBRATED_SHARE = 16  # the budget at which the gate looks; what is learned does not depend on it
 
 
-def calibrate_once(
-    model: LanguageModel,
-    setting: Setting,
-    corpus: Corpus,
-    folder: Path,
-    seed: int,
-    stage: Literal["select", "align"],
-) -> Path:
+def calibrate_once(model: LanguageModel, setting: Setting, corpus: Corpus, folder: Path, seed: int) -> Path:
     """The folder with the calibrated index branches of a dense model, which is dense again afterwards."""
     if not (folder / "msa_config.json").exists():
         batches = calibration_batches(corpus, setting.calibration_steps, setting.size.context, seed)
@@ -36,7 +28,6 @@ def calibrate_once(
                 batches,
                 steps=setting.calibration_steps,
                 learning_rate=setting.calibration_rate,
-                stage=stage,
                 min_mass_ratio=0.0,
                 min_found=0.0,
                 checkpoint=checkpoint,

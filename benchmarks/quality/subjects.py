@@ -14,10 +14,8 @@ from benchmarks.quality.model import Attend, LanguageModel, attend_densely
 from benchmarks.quality.selectors import BLOCK_SCORES, SelectedAttention
 from msa_compile import MSAConfig
 
-DENSE, KEYS, RANDOM, CALIBRATED, ALIGNED = "dense", "keys", "learned, random", "learned, calibrated", "learned, align"
-# Selectors that are trained, and the stage of `calibrate` that trains them.
-STAGES: dict[str, Literal["select", "align"]] = {CALIBRATED: "select", ALIGNED: "align"}
-SELECTORS = (KEYS, RANDOM, *STAGES, *BLOCK_SCORES)
+DENSE, KEYS, RANDOM, CALIBRATED = "dense", "keys", "learned, random", "learned, calibrated"
+SELECTORS = (KEYS, RANDOM, CALIBRATED, *BLOCK_SCORES)
 
 
 @contextlib.contextmanager
@@ -34,7 +32,7 @@ def attending(model: LanguageModel, attend: Attend) -> Iterator[None]:
 
 @contextlib.contextmanager
 def selecting(
-    model: LanguageModel, selector: str, *, block_size: int, topk: int, adapter: Path | None, seed: int
+    model: LanguageModel, selector: str, *, block_size: int, topk: int, adapter: Path, seed: int
 ) -> Iterator[None]:
     """The model with its blocks chosen by a selector.
 
@@ -43,7 +41,7 @@ def selecting(
         selector: One of `SELECTORS`, or `DENSE`.
         block_size: Keys in a block.
         topk: Blocks a query.
-        adapter: Folder of the calibrated index branches, where the selector has some.
+        adapter: Folder of the calibrated index branches.
         seed: Of random index branches.
     """
     if selector == DENSE:
@@ -57,8 +55,7 @@ def selecting(
     torch.manual_seed(seed)
     sparsify(model, MSAConfig(block_size=block_size, topk_blocks=topk, dense_below=0, indexer=indexer, strict=True))
     try:
-        if selector in STAGES:
-            assert adapter is not None, "it was trained before"
+        if selector == CALIBRATED:
             msa_compile.load(model, adapter)
         yield
         _check(model, indexer)

@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.quality.judge import Choice, is_chosen
 from benchmarks.quality.measure import Row, few_facts, many_facts
 from benchmarks.quality.setting import Setting
-from benchmarks.quality.subjects import CALIBRATED, DENSE, KEYS, SELECTORS, STAGES
+from benchmarks.quality.subjects import CALIBRATED, DENSE, KEYS, SELECTORS
 
 GOAL_SHARE, MOST_ABOVE, LEAST_KEPT, GOOD_DENSE = 16, 0.01, 0.99, 0.95
 
@@ -34,10 +34,9 @@ the oracle's blocks that were chosen (own blocks, which nobody misses, left out)
 attention output. These three are taken on the dense model's own states: every eighth query of the second half of
 {judged} windows of text, mean over layers. A cell is the mean over seeds; in brackets the least and the greatest.
 
-`keys` and `learned` are the product, through `sparsify`. *Calibrated* is `msa_compile.calibrate` with {calibration} of
-training data, learning rate {rate:g}; *align* is the same with `stage="align"`, the warm-up loss of the paper. The others,
-which `benchmarks/quality/selectors.py` describes, choose the blocks of the same op.
-[calibration_losses.md](calibration_losses.md) has what else was tried.
+`keys` and `learned` are the product, through `sparsify`; calibration is `msa_compile.calibrate`, {calibration} of
+training data, learning rate {rate:g}. The others, which `benchmarks/quality/selectors.py` describes, choose the blocks
+of the same op. [calibration_losses.md](calibration_losses.md) compares what calibration can learn from.
 """
 
 
@@ -180,8 +179,8 @@ def _verdict(results: Results) -> list[str]:
     lines = ["Calibrated:", ""]
     lines += [f"- {claim}: {_yes(passed)}; worst seed {worst}." for claim, passed, worst in claims]
     lines += ["", "On the way:", ""]
-    measured = {row.selector for row in results.rows}
-    lines += [f"- {_breaking_point(results, one)}" for one in (*STAGES, KEYS) if one in measured]
+    for selector in (CALIBRATED, KEYS):
+        lines.append(f"- {_breaking_point(results, selector)}")
     return lines
 
 

@@ -17,7 +17,7 @@ _ALWAYS_DENSE = 2**62
 # What attention is raised to where selection is to be learned. Only the largest parts decide which blocks are best: of
 # their squares a narrow key learns these, and spends no width on how the many small ones lie.
 _SELECTION_POWER = 2.0
-# A block that is not selected anyway decides for a query where it holds this share of its attention.
+# A block out of reach of a window decides for a query where it holds this share of its attention.
 _DECISIVE = 0.2
 
 
@@ -33,8 +33,9 @@ class SiteMetrics:
         keys_mass: The same of what `"keys"` selects, without an index branch.
         output_error: Relative error of the attention's output, `|sparse - dense| / |dense|`.
         queries: How many queries of a group see more blocks than they may select.
-        decisive: How many of these give a fifth of their attention or more to one block that is not selected anyway;
-            0 too in what a version saved that did not count them.
+        decisive: How many of these give a fifth of their attention or more to one far block: none of the first ones
+            that are selected anyway, and none that a window over as many blocks would have. 0 too in what a version
+            saved that did not count them.
         found: Share of those that selected it; 1 where there are none. Lost facts are here: they are few, and in a
             mean of masses over all queries nobody sees them.
     """
@@ -127,8 +128,8 @@ def compare(
     """
     support, power = support_of(call, counted, block_ids), 1.0
     if stage == "select":
-        forced = {name: call.budget[name] for name in ("local_blocks", "sink_blocks")}
-        support, power = replace(support, **forced), _SELECTION_POWER
+        budget, power = call.budget, _SELECTION_POWER
+        support = replace(support, local_blocks=budget["local_blocks"], sink_blocks=budget["sink_blocks"])
     return align_sums(
         call.index_query.detach(),
         call.index_key.detach(),
@@ -175,7 +176,12 @@ def _add_shares(sums: MetricSums, call: SiteCall, support: Support, chosen: Tens
     for start in range(0, length, step):
         rows = slice(start, min(start + step, length))
         mass, visible = _masses(call, seen.rows(rows.start, rows.stop), rows, size)
-        is_forced = _forced(call, seen.rows(rows.start, rows.stop), mass.shape[3], size)
+        number = torch.arange(mass.shape[3], device=mass.device)
+        own = ((seen.position[:, rows] - seen.anchor[:, rows]) // size)[:, None, :, None]
+        is_near = number > own - call.budget["topk"]
+        is_forced = (number < call.budget["sink_blocks"]) | (
+            (number <= own) & (number > own - call.budget["local_blocks"])
+        )
         best = _oracle(call, mass, visible, is_forced)
         mine, keys = (_as_sets(ids[:, :, rows], mass.shape[3]) for ids in (chosen, by_keys))
         assert support.counted is not None, "it is always said which queries count"
@@ -188,7 +194,7 @@ def _add_shares(sums: MetricSums, call: SiteCall, support: Support, chosen: Tens
         for name, blocks in (("mass", mine), ("oracle_mass", best), ("keys_mass", keys)):
             setattr(sums, name, getattr(sums, name) + total((mass * blocks).sum(3)))
         sums.choosing += choosing.sum().double().cpu()
-        largest, place = mass.masked_fill(is_forced, 0.0).max(3)
+        largest, place = mass.masked_fill(is_forced | is_near, 0.0).max(3)
         is_decisive = choosing & (largest >= _DECISIVE)
         sums.decisive += is_decisive.sum().double().cpu()
         sums.found += (is_decisive & mine.gather(3, place[..., None])[..., 0]).sum().double().cpu()
@@ -210,13 +216,6 @@ def _masses(call: SiteCall, seen: Visibility, rows: slice, size: int) -> tuple[T
     empty = share.new_zeros(*share.shape[:3], -(-key_length // size))
     mass = empty.scatter_add(3, block, share)
     return mass, empty.scatter_add(3, block, visible.expand_as(share).to(share.dtype)) > 0
-
-
-def _forced(call: SiteCall, seen: Visibility, blocks: int, size: int) -> Tensor:
-    """Blocks that are selected whatever their scores, bool `[B|1, 1, C, N]`."""
-    number = torch.arange(blocks, device=seen.position.device)
-    own = ((seen.position - seen.anchor) // size)[:, None, :, None]
-    return (number < call.budget["sink_blocks"]) | ((number <= own) & (number > own - call.budget["local_blocks"]))
 
 
 def _oracle(call: SiteCall, mass: Tensor, visible: Tensor, is_forced: Tensor) -> Tensor:

@@ -127,8 +127,8 @@ class CalibrationResult:
             "over queries that see more blocks than they select. The oracle takes the blocks with the most attention;",
             "block recall: share of its blocks that were selected; mass: attention inside the selected blocks; ratio:",
             "of the oracle's mass; keys' mass: what selection without a branch holds; found: of the queries that give",
-            "a fifth of their attention or more to one far block, the share that selected it (-: there was none);",
-            "output error: of the attention's output, relative",
+            "a fifth of their attention or more to one block beyond a window of that budget, the share that selected",
+            "it (-: there was none); output error: of the attention's output, relative",
         ]
         if self.dense_nll is not None and self.sparse_nll is not None:
             change = self.sparse_nll - self.dense_nll

@@ -25,22 +25,12 @@ def tensors(length=T, dtype=torch.float64, key_heads=1, seed=0):
     return index_query, index_key, some(HKV * G, DH), some(HKV, DH)
 
 
-def naive(
-    index_query,
-    index_key,
-    query,
-    key,
-    allowed,
-    counted,
-    softcap=None,
-    index_scale=None,
-    scale=None,
-    power=1.0,
-    left=None,
-):
+def naive(index_query, index_key, query, key, allowed, counted, left=None, **options):
     """Row by row, head by head, from the formulas; `allowed` and what of it is left out: bool `[B, Hkv, Tq, Tk]`."""
     total, number = index_query.new_zeros(()), 0
     left = torch.zeros_like(allowed) if left is None else left
+    softcap, power = options.get("softcap"), options.get("power", 1.0)
+    scale, factor = options.get("scale", DH**-0.5), options.get("index_scale", D**-0.5)
     for b, i in itertools.product(range(query.shape[0]), range(query.shape[2])):
         if not counted[b, i] or not (allowed & ~left)[b, 0, i].any():
             continue
@@ -49,14 +39,13 @@ def naive(
             support = allowed[b, r, i].nonzero()[:, 0]
             heads = []
             for h in range(r * G, (r + 1) * G):
-                logits = key[b, r, support] @ query[b, h, i] * (DH**-0.5 if scale is None else scale)
+                logits = key[b, r, support] @ query[b, h, i] * scale
                 logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
                 heads.append(logits.softmax(0))
             teacher = torch.stack(heads).mean(0).detach()[~left[b, r, i, support]]
             weight, support = teacher.sum(), support[~left[b, r, i, support]]
             teacher = teacher**power / (teacher**power).sum()
             shared = min(r, index_key.shape[1] - 1)
-            factor = D**-0.5 if index_scale is None else index_scale
             scores = index_key[b, shared, support] @ index_query[b, r, i] * factor
             total = total + weight * (teacher * (teacher.log() - scores.log_softmax(0))).sum() / HKV
     return total / max(number, 1)

@@ -94,8 +94,8 @@ def naive(call, counted, stage):
                 if len(mass) > TOPK:
                     oracle = best_blocks(mass, own)
                     recalls.append(len(mine & oracle) / len(oracle))
-                    largest = max(mass.keys() - {own, 0}, key=mass.get)
-                    found += [largest in mine] if mass[largest] >= 0.2 else []
+                    far = {block for block in mass if 0 < block <= own - TOPK}
+                    found += [block in mine for block in far if mass[block] >= max(0.2, *(mass[b] for b in far))]
                     keys = best_blocks(by_block(by_keys, max), own)
                     for name, chosen in (("mass", mine), ("oracle_mass", oracle), ("keys_mass", keys)):
                         shares[name].append(sum(mass[block] for block in chosen))
