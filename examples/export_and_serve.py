@@ -102,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.calibrate:
         batches = spread_windows(corpus.train, length, rows=2, count=8)
         # A bar of 0: so few steps are to show how it goes, and not to be good.
-        print(msa_compile.calibrate(model, batches, steps=arguments.calibrate, min_mass_ratio=0.0), "\n")
+        bars = {"min_mass_ratio": 0.0, "min_found": 0.0}
+        print(msa_compile.calibrate(model, batches, steps=arguments.calibrate, **bars), "\n")
     with tempfile.TemporaryDirectory() as folder:
         path = arguments.out or Path(folder) / "model.onnx"
         print(msa_compile.export(model, path, example_inputs=example, cache="static", max_length=length))

@@ -18,7 +18,7 @@ from msa_compile.backend import MSABackend, ObservingBackend
 from msa_compile.batches import quiet
 from msa_compile.calibrate.feed import Batches, Call, make_feed
 from msa_compile.calibrate.metrics import SiteMetrics
-from msa_compile.calibrate.result import CalibrationResult, SiteCalibration
+from msa_compile.calibrate.result import Bars, CalibrationResult, SiteCalibration
 from msa_compile.calibrate.shards import add_over_processes, check_mesh, processes
 from msa_compile.calibrate.train import Run, Task, Trained
 from msa_compile.config import MSAConfig
@@ -39,7 +39,7 @@ from msa_compile.indexer import INDEXER, IndexBranch
 from msa_compile.records import GraphRecord
 from msa_compile.runtime import door_of
 
-STAGES = ("align", "sparse")
+STAGES = ("select", "align", "sparse")
 
 
 def calibrate(
@@ -48,9 +48,10 @@ def calibrate(
     *,
     steps: int,
     learning_rate: float = 1e-3,
-    stage: Literal["align", "sparse"] = "align",
+    stage: Literal["select", "align", "sparse"] = "select",
     max_length: int | None = None,
     min_mass_ratio: float = 0.95,
+    min_found: float = 0.95,
     checkpoint: str | Path | None = None,
     progress: bool = True,
     seed: int = 0,
@@ -60,8 +61,9 @@ def calibrate(
     The base is frozen. Each branch learns to score keys as its layer's attention weighs them: the loss is the
     divergence of its scores from the mean attention of a group's heads. The first batches are held out, and on them
     each site is compared with the best blocks there are: where the selected ones hold less than `min_mass_ratio` of
-    the attention that the best ones hold, the site keeps `"keys"`, or is dense with `MSAConfig(fallback="dense")`.
-    Sites without a branch get one, under `indexer="auto"` too; branches of an earlier calibration learn on.
+    the attention that the best ones hold, or where too many queries miss a far block that holds much of theirs
+    (`min_found`), the site keeps `"keys"`, or is dense with `MSAConfig(fallback="dense")`. Sites without a branch get
+    one, under `indexer="auto"` too; branches of an earlier calibration learn on.
 
     On an error the model is as it was. Ctrl-C ends the training and keeps what it did. In several processes (torchrun)
     each has its own share of the data, and they learn as one; the gradients of the branches are all that is exchanged.
@@ -74,11 +76,17 @@ def calibrate(
             a row are told apart as attention tells them apart.
         steps: Batches to learn from, one step each.
         learning_rate: Of Adam; it warms up, and falls along a cosine to a tenth.
-        stage: `"align"` compares on all that a query sees, of a model that runs dense. `"sparse"` compares on the
-            blocks that the branches select, of a model that runs sparse, and comes after `"align"`; for training the
-            base too see :func:`index_loss`.
+        stage: What is compared. `"select"`: what selection decides. Blocks that are selected anyway (a query's own) are
+            left out, a query counts by the attention that it gives to the others, and scores learn the squares of
+            attention's probabilities, in which the largest rule. `"align"`: the paper's warm-up, all that a query sees
+            and attention as it is. Both are of a model that runs dense. `"sparse"`: the paper's later loss, attention
+            on the blocks that the branches select, of a model that runs sparse; it comes after one of the others, and
+            for training the base too see :func:`index_loss`.
         max_length: Tokens of a row at most; the rest is cut off.
-        min_mass_ratio: The bar, 0 to 1.
+        min_mass_ratio: The bar for attention mass, 0 to 1.
+        min_found: The bar for finding, 0 to 1: of the queries that give a fifth of their attention or more to one block
+            farther than a window of the same budget reaches, the share that has to select it. Lost facts show here, if
+            the data ask for facts; in masses, which are mostly near, they do not.
         checkpoint: A file that keeps the state about every half minute. A run that was killed goes on from there, to
             the same result, when it is started again with the same arguments.
         progress: Whether a bar is shown, where tqdm is installed.
@@ -96,7 +104,8 @@ def calibrate(
         CheckpointError: The checkpoint is damaged, or of another run.
     """
     door = require_sparse(model)
-    _check_arguments(door, steps, learning_rate, stage, min_mass_ratio, max_length)
+    bars = Bars(min_mass_ratio, min_found)
+    _check_arguments(door, steps, learning_rate, stage, bars, max_length)
     path = None if checkpoint is None else Path(checkpoint)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
@@ -127,7 +136,7 @@ def calibrate(
                 watching=observing,
                 steps=steps,
                 learning_rate=learning_rate,
-                on_selected=stage == "sparse",
+                stage=stage,
                 is_split=is_split,
                 said=said,
                 checkpoint=path,
@@ -137,8 +146,8 @@ def calibrate(
         except BaseException:
             keeper.undo()
             raise
-        sites = _decide(model, door, example, branches, trained, min_mass_ratio)
-        result = _result(door, sites, trained, stage, learning_rate, min_mass_ratio, feed.notes, steps)
+        sites = _decide(model, door, example, branches, trained, bars)
+        result = _result(door, sites, trained, stage, learning_rate, bars, feed.notes, steps)
         if isinstance(feed, Batches):
             result = _with_nll(model, door, result, feed)
     door.calibrated = result.headline
@@ -262,14 +271,14 @@ def _observing(model: nn.Module, door: SparseDoor, *, is_sparse: bool) -> Callab
 
 
 def _decide(
-    model: nn.Module, door: SparseDoor, call: Call, branches: Mapping[str, IndexBranch], trained: Trained, bar: float
+    model: nn.Module, door: SparseDoor, call: Call, branches: Mapping[str, IndexBranch], trained: Trained, bars: Bars
 ) -> tuple[SiteCalibration, ...]:
     """Use what passed the bar, and nothing else; what was compiled before is forgotten."""
     before, now = trained.measured[0][1], trained.measured[-1][1]
     sites = []
     left_out = []
     for name, branch in branches.items():
-        branch.is_forced, branch.is_calibrated = False, now[name].mass_ratio >= bar
+        branch.is_forced, branch.is_calibrated = False, bars.are_met(now[name])
         decision = "learned" if branch.is_calibrated else door.config.fallback
         left_out += [glob.escape(name)] if decision == "dense" else []
         sites.append(SiteCalibration(name, decision, before[name].kl, now[name]))
@@ -292,7 +301,7 @@ def _result(
     trained: Trained,
     stage: str,
     learning_rate: float,
-    bar: float,
+    bars: Bars,
     notes: tuple[str, ...],
     steps: int,
 ) -> CalibrationResult:
@@ -311,7 +320,7 @@ def _result(
         stage=stage,
         steps=trained.step,
         learning_rate=learning_rate,
-        min_mass_ratio=bar,
+        **asdict(bars),
         config=door.config,
         history=tuple(tuple(row) for row in trained.history),
         mass_history=tuple((step, ratios(found)) for step, found in trained.measured),
@@ -338,7 +347,7 @@ def _with_nll(model: nn.Module, door: SparseDoor, result: CalibrationResult, fee
 
 
 def _check_arguments(
-    door: SparseDoor, steps: int, learning_rate: float, stage: str, min_mass_ratio: float, max_length: int | None
+    door: SparseDoor, steps: int, learning_rate: float, stage: str, bars: Bars, max_length: int | None
 ) -> None:
     if door.config.indexer == "keys":
         raise CalibrateArgumentError(
@@ -352,5 +361,6 @@ def _check_arguments(
             raise CalibrateArgumentError(f"{name} is {value!r}; it must be a whole number from 1")
     if not (isinstance(learning_rate, (int, float)) and 0 < learning_rate < math.inf):
         raise CalibrateArgumentError(f"learning_rate is {learning_rate!r}; it must be a number above 0")
-    if not (isinstance(min_mass_ratio, (int, float)) and 0 <= min_mass_ratio <= 1):
-        raise CalibrateArgumentError(f"min_mass_ratio is {min_mass_ratio!r}; it must be a number from 0 to 1")
+    for name, bar in asdict(bars).items():
+        if not (isinstance(bar, (int, float)) and 0 <= bar <= 1):
+            raise CalibrateArgumentError(f"{name} is {bar!r}; it must be a number from 0 to 1")

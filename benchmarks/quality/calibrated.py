@@ -24,7 +24,14 @@ def calibrate_once(model: LanguageModel, setting: Setting, corpus: Corpus, folde
         try:
             checkpoint = folder.with_suffix(".checkpoint")
             result = msa_compile.calibrate(
-                model, batches, steps=setting.calibration_steps, checkpoint=checkpoint, min_mass_ratio=0.0, seed=seed
+                model,
+                batches,
+                steps=setting.calibration_steps,
+                learning_rate=setting.calibration_rate,
+                min_mass_ratio=0.0,
+                min_found=0.0,
+                checkpoint=checkpoint,
+                seed=seed,
             )
             print(result)
             msa_compile.save(model, folder)

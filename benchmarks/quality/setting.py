@@ -23,7 +23,7 @@ class Setting:
         block_size: Keys in a block.
         shares: Budgets: one in so many of the context's keys.
         texts, prompts, judged: How much is asked, see `Exam`.
-        calibration_steps: Of the index branches.
+        calibration_steps, calibration_rate: Of the index branches.
         seeds: One model each.
     """
 
@@ -35,6 +35,7 @@ class Setting:
     prompts: int = 8
     judged: int = 4
     calibration_steps: int = 200
+    calibration_rate: float = 1e-2
     seeds: tuple[int, ...] = (0, 1, 2)
 
     def topk(self, share: int) -> int:
@@ -49,7 +50,7 @@ class Setting:
     @property
     def of_indexers(self) -> str:
         """Digest of what calibrated index branches depend on."""
-        return _digest(self.of_models, self.block_size, self.calibration_steps)
+        return _digest(self.of_models, self.block_size, self.calibration_steps, self.calibration_rate)
 
     @property
     def of_rows(self) -> str:

@@ -17,7 +17,7 @@ GOAL_SHARE, MOST_ABOVE, LEAST_KEPT, GOOD_DENSE = 16, 0.01, 0.99, 0.95
 
 INTRO = """# Quality of what is selected
 
-Made by `make quality` (`python -m benchmarks.quality`). {machine}, {day}.
+Made by `make quality` (`python -m benchmarks.quality`). {machine}, {day}; float32.
 
 {models}, trained from scratch: {parameters} parameters, {layers} layers,
 {heads}, {training}, sequences up to {length}. Half of what they read is the
@@ -35,7 +35,8 @@ attention output. These three are taken on the dense model's own states: every e
 {judged} windows of text, mean over layers. A cell is the mean over seeds; in brackets the least and the greatest.
 
 `keys` and `learned` are the product, through `sparsify`; calibration is `msa_compile.calibrate`, {calibration} of
-training data. The others, which `benchmarks/quality/selectors.py` describes, choose the blocks of the same op.
+training data, learning rate {rate:g}. The others, which `benchmarks/quality/selectors.py` describes, choose the blocks
+of the same op. [calibration_losses.md](calibration_losses.md) compares what calibration can learn from.
 """
 
 
@@ -107,6 +108,7 @@ def to_markdown(results: Results, maps: Sequence[Choice], setting: Setting, pict
         many=many_facts(size.context),
         judged=setting.judged,
         calibration=f"{setting.calibration_steps} steps of two sequences",
+        rate=setting.calibration_rate,
     )
     lines = [intro, "## Dense", "", *_dense_table(results, seeds), ""]
     lines += [f"## Goal, at 1/{GOAL_SHARE} of the keys", "", *_verdict(results), ""]

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from msa_compile.kernels.index_loss.align_loss import Support, align_sums, sees_itself
+from msa_compile.kernels.index_loss.align_loss import AlignSums, Support, align_sums, sees_itself
 from msa_compile.kernels.visibility import Visibility, find_visibility
 from msa_compile.observed import SiteCall
 
 # Attention probabilities of a chunk of queries over all heads, elements.
 _WORKSPACE = 1 << 22
 _ALWAYS_DENSE = 2**62
+# What attention is raised to where selection is to be learned. Only the largest parts decide which blocks are best: of
+# their squares a narrow key learns these, and spends no width on how the many small ones lie.
+_SELECTION_POWER = 2.0
+# A block out of reach of a window decides for a query where it holds this share of its attention.
+_DECISIVE = 0.2
 
 
 @dataclass(frozen=True)
@@ -21,13 +26,18 @@ class SiteMetrics:
     """Of one site. Shares are means over the queries that see more blocks than they may select.
 
     Attributes:
-        kl: Mean divergence of the index scores' distribution from attention's, over all that a query sees, nats.
+        kl: Mean divergence of the index scores' distribution from attention's, as the stage compares them, nats.
         recall: Share of the oracle's blocks that were selected. The oracle takes the blocks with the most attention.
         mass: Share of a query's attention that lies in the selected blocks.
         oracle_mass: The same of the oracle's blocks: no selection of so many blocks has more.
         keys_mass: The same of what `"keys"` selects, without an index branch.
         output_error: Relative error of the attention's output, `|sparse - dense| / |dense|`.
         queries: How many queries of a group see more blocks than they may select.
+        decisive: How many of these give a fifth of their attention or more to one far block: none of the first ones
+            that are selected anyway, and none that a window over as many blocks would have. 0 too in what a version
+            saved that did not count them.
+        found: Share of those that selected it; 1 where there are none. Lost facts are here: they are few, and in a
+            mean of masses over all queries nobody sees them.
     """
 
     kl: float
@@ -37,6 +47,8 @@ class SiteMetrics:
     keys_mass: float
     output_error: float
     queries: int
+    decisive: int = 0
+    found: float = 1.0
 
     @property
     def mass_ratio(self) -> float:
@@ -57,6 +69,8 @@ class MetricSums:
     choosing: Tensor
     error: Tensor
     energy: Tensor
+    decisive: Tensor
+    found: Tensor
 
     @classmethod
     def zeros(cls) -> MetricSums:
@@ -64,7 +78,7 @@ class MetricSums:
         return cls(*torch.zeros(len(fields(cls)), dtype=torch.float64))
 
     def as_tensor(self) -> Tensor:
-        """All of them, `[9]`."""
+        """All of them, `[11]`."""
         return torch.stack([getattr(self, field.name) for field in fields(self)])
 
     def means(self) -> SiteMetrics:
@@ -78,6 +92,8 @@ class MetricSums:
             keys_mass=float(self.keys_mass) / choosing,
             output_error=float((self.error / self.energy.clamp(min=1e-30)).sqrt()),
             queries=int(self.choosing),
+            decisive=int(self.decisive),
+            found=float(self.found / self.decisive) if self.decisive else 1.0,
         )
 
 
@@ -97,13 +113,42 @@ def support_of(call: SiteCall, counted: Tensor | None, block_ids: Tensor | None 
     return Support(own, block_ids, call.bounds["block_size"], **bounds)
 
 
-def add_metrics(sums: MetricSums, call: SiteCall, counted: Tensor | None) -> None:
-    """Add one call of a site."""
+def compare(
+    call: SiteCall, counted: Tensor | None, stage: str, block_ids: Tensor | None = None, *, has_gradients: bool = True
+) -> AlignSums:
+    """Index scores against attention, as a stage of the calibration compares them.
+
+    Args:
+        call: The call.
+        counted: As for `support_of`.
+        stage: `"select"` compares the squares of attention's probabilities, where a selection has a choice; the others
+            attention as it is.
+        block_ids: Selected blocks to compare on; default all.
+        has_gradients: Whether they are wanted.
+    """
+    support, power = support_of(call, counted, block_ids), 1.0
+    if stage == "select":
+        budget, power = call.budget, _SELECTION_POWER
+        support = replace(support, local_blocks=budget["local_blocks"], sink_blocks=budget["sink_blocks"])
+    return align_sums(
+        call.index_query.detach(),
+        call.index_key.detach(),
+        call.query,
+        call.key,
+        support,
+        scale=call.factors["scale"],
+        softcap=call.factors["softcap"],
+        power=power,
+        has_gradients=has_gradients,
+    )
+
+
+def add_metrics(sums: MetricSums, call: SiteCall, counted: Tensor | None, stage: str) -> None:
+    """Add one call of a site; `stage` says what divergence is."""
     select = torch.ops.msa.select_blocks
     index_query, index_key = call.index_query.detach(), call.index_key.detach()
     support = support_of(call, counted)
-    factors = {"scale": call.factors["scale"], "softcap": call.factors["softcap"]}
-    aligned = align_sums(index_query, index_key, call.query, call.key, support, **factors, has_gradients=False)
+    aligned = compare(call, counted, stage, has_gradients=False)
     sums.kl += aligned.loss.double().cpu()
     sums.counted += aligned.queries.double().cpu()
     heads = call.query.unflatten(1, (call.key.shape[1], -1))
@@ -131,7 +176,13 @@ def _add_shares(sums: MetricSums, call: SiteCall, support: Support, chosen: Tens
     for start in range(0, length, step):
         rows = slice(start, min(start + step, length))
         mass, visible = _masses(call, seen.rows(rows.start, rows.stop), rows, size)
-        best = _oracle(call, seen.rows(rows.start, rows.stop), mass, visible, size)
+        number = torch.arange(mass.shape[3], device=mass.device)
+        own = ((seen.position[:, rows] - seen.anchor[:, rows]) // size)[:, None, :, None]
+        is_near = number > own - call.budget["topk"]
+        is_forced = (number < call.budget["sink_blocks"]) | (
+            (number <= own) & (number > own - call.budget["local_blocks"])
+        )
+        best = _oracle(call, mass, visible, is_forced)
         mine, keys = (_as_sets(ids[:, :, rows], mass.shape[3]) for ids in (chosen, by_keys))
         assert support.counted is not None, "it is always said which queries count"
         choosing = (visible.sum(3) > call.budget["topk"]) & support.counted[:, None, rows]
@@ -143,6 +194,10 @@ def _add_shares(sums: MetricSums, call: SiteCall, support: Support, chosen: Tens
         for name, blocks in (("mass", mine), ("oracle_mass", best), ("keys_mass", keys)):
             setattr(sums, name, getattr(sums, name) + total((mass * blocks).sum(3)))
         sums.choosing += choosing.sum().double().cpu()
+        largest, place = mass.masked_fill(is_forced | is_near, 0.0).max(3)
+        is_decisive = choosing & (largest >= _DECISIVE)
+        sums.decisive += is_decisive.sum().double().cpu()
+        sums.found += (is_decisive & mine.gather(3, place[..., None])[..., 0]).sum().double().cpu()
 
 
 def _masses(call: SiteCall, seen: Visibility, rows: slice, size: int) -> tuple[Tensor, Tensor]:
@@ -163,11 +218,8 @@ def _masses(call: SiteCall, seen: Visibility, rows: slice, size: int) -> tuple[T
     return mass, empty.scatter_add(3, block, visible.expand_as(share).to(share.dtype)) > 0
 
 
-def _oracle(call: SiteCall, seen: Visibility, mass: Tensor, visible: Tensor, size: int) -> Tensor:
+def _oracle(call: SiteCall, mass: Tensor, visible: Tensor, is_forced: Tensor) -> Tensor:
     """The blocks with the most attention, those that are always selected among them: bool `[B, Hkv, C, N]`."""
-    blocks = torch.arange(mass.shape[3], device=mass.device)
-    own = ((seen.position - seen.anchor) // size)[:, None, :, None]
-    is_forced = (blocks < call.budget["sink_blocks"]) | ((blocks <= own) & (blocks > own - call.budget["local_blocks"]))
     worth = torch.where(is_forced, mass + 2.0, mass).masked_fill(~visible, -1.0)
     best = worth.topk(min(call.budget["topk"], mass.shape[3]), 3).indices
     return torch.zeros_like(visible).scatter(3, best, True) & visible

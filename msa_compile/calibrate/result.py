@@ -12,9 +12,27 @@ from msa_compile.pictures import new_figure, save_figure
 from msa_compile.table import to_table
 
 _COLUMNS = (
-    "site", "KL before", "KL", "block recall", "mass", "oracle's", "ratio", "keys' mass", "output error", "selects by"
+    "site", "KL before", "KL", "block recall", "mass", "oracle's", "ratio", "keys' mass", "found", "output error",
+    "selects by",
 )  # fmt: skip
 _MOST_NAMED = 12  # lines that a legend has room for
+
+
+@dataclass(frozen=True)
+class Bars:
+    """What a branch has to reach before it is used.
+
+    Attributes:
+        min_mass_ratio: Attention mass in the selected blocks, of the mass in the best ones.
+        min_found: Share of the queries to which one block matters much that select it, see `SiteMetrics.found`.
+    """
+
+    min_mass_ratio: float
+    min_found: float
+
+    def are_met(self, found: SiteMetrics) -> bool:
+        """Whether a branch with these metrics is good enough."""
+        return found.mass_ratio >= self.min_mass_ratio and found.found >= self.min_found
 
 
 @dataclass(frozen=True)
@@ -35,7 +53,8 @@ class SiteCalibration:
 
     def __str__(self) -> str:
         found = self.metrics
-        return f"index branch holds {found.mass_ratio:.1%} of the attention that the best blocks hold"
+        told = f"index branch holds {found.mass_ratio:.1%} of the attention that the best blocks hold"
+        return told + (f" and finds {found.found:.1%} of the far blocks that matter" if found.decisive else "")
 
     def to_dict(self) -> dict[str, Any]:
         """As plain Python values, ready for JSON."""
@@ -53,10 +72,11 @@ class CalibrationResult:
 
     Attributes:
         sites: Those with an index branch, in the order of the model.
-        stage: `"align"` or `"sparse"`.
+        stage: What was compared, see `calibrate`.
         steps: How many were done, those of earlier runs of the same checkpoint too.
         learning_rate: The highest.
         min_mass_ratio: The bar for `mass / oracle_mass`.
+        min_found: The bar for `found`.
         config: Of the model now.
         history: For each step the mean divergence of each site, nats.
         mass_history: Steps at which metrics were taken, and `mass / oracle_mass` of each site.
@@ -70,6 +90,7 @@ class CalibrationResult:
     steps: int
     learning_rate: float
     min_mass_ratio: float
+    min_found: float
     config: MSAConfig
     history: tuple[tuple[float, ...], ...]
     mass_history: tuple[tuple[int, tuple[float, ...]], ...]
@@ -81,11 +102,12 @@ class CalibrationResult:
     def headline(self) -> str:
         """The least that one has to know, in a line."""
         learned = sum(site.decision == "learned" for site in self.sites)
-        worst = min(site.metrics.mass_ratio for site in self.sites)
+        mass = min(site.metrics.mass_ratio for site in self.sites)
+        found = min(site.metrics.found for site in self.sites)
         return (
             f"calibrated in {self.steps} steps ({self.stage}): {learned} of {len(self.sites)} sites select by their "
-            f"index branch; the least attention mass that a branch holds is {worst:.1%} of the oracle's (bar "
-            f"{self.min_mass_ratio:.0%})"
+            f"index branch; the least attention mass that a branch holds is {mass:.1%} of the oracle's (bar "
+            f"{self.min_mass_ratio:.0%}), and the least that one finds {found:.1%} (bar {self.min_found:.0%})"
         )
 
     def with_nll(self, dense: float, sparse: float) -> CalibrationResult:
@@ -101,10 +123,12 @@ class CalibrationResult:
         lines = [
             f"MSA calibration: {self.headline}; {budget}",
             to_table(_COLUMNS, [_cells(site) for site in self.sites], left=("site", "selects by")),
-            "on held-out text. KL: of index scores from attention, nats. Shares are over queries that see more blocks",
-            "than they select. The oracle takes the blocks with the most attention; block recall: share of its blocks",
-            "that were selected; mass: attention inside the selected blocks; ratio: of the oracle's mass; keys' mass:",
-            "what selection without a branch holds; output error: of the attention's output, relative",
+            f'on held-out text. KL: of index scores from attention as "{self.stage}" compares them, nats. Shares are',
+            "over queries that see more blocks than they select. The oracle takes the blocks with the most attention;",
+            "block recall: share of its blocks that were selected; mass: attention inside the selected blocks; ratio:",
+            "of the oracle's mass; keys' mass: what selection without a branch holds; found: of the queries that give",
+            "a fifth of their attention or more to one block beyond a window of that budget, the share that selected",
+            "it (-: there was none); output error: of the attention's output, relative",
         ]
         if self.dense_nll is not None and self.sparse_nll is not None:
             change = self.sparse_nll - self.dense_nll
@@ -122,12 +146,14 @@ class CalibrationResult:
 
 def _cells(site: SiteCalibration) -> tuple[str, ...]:
     found = site.metrics
-    shares = (found.recall, found.mass, found.oracle_mass, found.mass_ratio, found.keys_mass, found.output_error)
+    shares = (found.recall, found.mass, found.oracle_mass, found.mass_ratio, found.keys_mass)
     return (
         site.name or "<root>",
         f"{site.kl_before:.4f}",
         f"{found.kl:.4f}",
         *(f"{share:.1%}" for share in shares),
+        f"{found.found:.1%}" if found.decisive else "-",
+        f"{found.output_error:.1%}",
         site.decision,
     )
 

@@ -20,13 +20,12 @@ from torch import Tensor
 from msa_compile.batches import quiet
 from msa_compile.calibrate.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from msa_compile.calibrate.feed import Call, Enough, Feed
-from msa_compile.calibrate.metrics import MetricSums, SiteMetrics, add_metrics, support_of
+from msa_compile.calibrate.metrics import MetricSums, SiteMetrics, add_metrics, compare, support_of
 from msa_compile.calibrate.shards import add_over_processes, copy_from_first, is_alone, is_first
 from msa_compile.calibrate.start import Start, is_untrained
 from msa_compile.config import MSAConfig
 from msa_compile.errors import EmptyDataError, NonFiniteError
 from msa_compile.indexer import IndexBranch
-from msa_compile.kernels.index_loss.align_loss import align_sums
 from msa_compile.kernels.select_blocks.fresh import sees_unwritten
 from msa_compile.observed import Observer, SiteCall
 from msa_compile.progress import Progress, progress_bar
@@ -51,7 +50,7 @@ class Task:
         watching: Makes the block in which an observer sees every call of a site.
         steps: Calls to learn from.
         learning_rate: Its highest.
-        on_selected: Whether scores and attention are compared on selected blocks, of a model that runs sparse.
+        stage: What scores and attention are compared on, see `calibrate`.
         is_split: Whether each process has the query weights of other groups than the others have.
         said: What this is, in plain values; a checkpoint of something else is refused.
         checkpoint: Where to keep the state, if anywhere.
@@ -65,7 +64,7 @@ class Task:
     watching: Callable[[Observer], AbstractContextManager[Any]]
     steps: int
     learning_rate: float
-    on_selected: bool
+    stage: str
     is_split: bool
     said: dict[str, Any]
     checkpoint: Path | None
@@ -220,7 +219,7 @@ class Run:
         self.trained = Trained(found.step, found.history, measured)
 
     def _measure(self) -> None:
-        measure = _Measure(self.task.branches)
+        measure = _Measure(self.task)
         self._seen = measure.see
         # Ctrl-C may have left a branch's gradients on.
         with torch.no_grad():
@@ -258,8 +257,9 @@ class Run:
 class _Measure:
     """Takes the metrics of every site on the calls that it visits."""
 
-    def __init__(self, branches: Mapping[str, IndexBranch]) -> None:
-        self.sums = {name: MetricSums.zeros() for name in branches}
+    def __init__(self, task: Task) -> None:
+        self.sums = {name: MetricSums.zeros() for name in task.branches}
+        self._stage = task.stage
         self._counted: Tensor | None = None
 
     def begin(self, call: Call) -> bool:
@@ -272,7 +272,7 @@ class _Measure:
     def see(self, call: SiteCall) -> None:
         _check_call(call, self._counted)
         if call.name in self.sums and not _misses_keys(call):
-            add_metrics(self.sums[call.name], call, self._counted)
+            add_metrics(self.sums[call.name], call, self._counted, self._stage)
 
 
 class _Learner:
@@ -305,13 +305,11 @@ class _Learner:
             self._is_ignored = True
             return
         ids = None
-        if self._run.task.on_selected:
+        if self._run.task.stage == "sparse":
             ids = torch.ops.msa.select_blocks(
                 call.index_query.detach(), call.index_key.detach(), **call.budget, **call.bounds
             )
-        factors = {"scale": call.factors["scale"], "softcap": call.factors["softcap"]}
-        operands = (call.index_query.detach(), call.index_key.detach(), call.query, call.key)
-        sums = align_sums(*operands, support_of(call, self._counted, ids), **factors)
+        sums = compare(call, self._counted, self._run.task.stage, ids)
         assert sums.grad_index_query is not None and sums.grad_index_key is not None, "they were asked for"
         outputs = (call.index_query, call.index_key)
         gradients = (sums.grad_index_query, sums.grad_index_key)

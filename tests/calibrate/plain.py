@@ -83,7 +83,14 @@ def calibrated(model: nn.Module, data: list[torch.Tensor], checkpoint: Path | No
     if kind == "tp":
         start_alike(model)
     result = msa_compile.calibrate(
-        model, data, steps=STEPS, learning_rate=1e-2, min_mass_ratio=0.0, checkpoint=checkpoint, progress=False
+        model,
+        data,
+        steps=STEPS,
+        learning_rate=1e-2,
+        min_mass_ratio=0.0,
+        min_found=0.0,
+        checkpoint=checkpoint,
+        progress=False,
     )
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if ".indexer." in name}
     return {"history": result.history, "mass": result.mass_history, "weights": weights, "steps": result.steps}

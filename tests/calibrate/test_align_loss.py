@@ -25,25 +25,29 @@ def tensors(length=T, dtype=torch.float64, key_heads=1, seed=0):
     return index_query, index_key, some(HKV * G, DH), some(HKV, DH)
 
 
-def naive(index_query, index_key, query, key, allowed, counted, softcap=None, index_scale=None, scale=None):
-    """Row by row, head by head, from the formulas; `allowed` bool `[B, Hkv, Tq, Tk]`."""
+def naive(index_query, index_key, query, key, allowed, counted, left=None, **options):
+    """Row by row, head by head, from the formulas; `allowed` and what of it is left out: bool `[B, Hkv, Tq, Tk]`."""
     total, number = index_query.new_zeros(()), 0
+    left = torch.zeros_like(allowed) if left is None else left
+    softcap, power = options.get("softcap"), options.get("power", 1.0)
+    scale, factor = options.get("scale", DH**-0.5), options.get("index_scale", D**-0.5)
     for b, i in itertools.product(range(query.shape[0]), range(query.shape[2])):
-        if not counted[b, i] or not allowed[b, 0, i].any():
+        if not counted[b, i] or not (allowed & ~left)[b, 0, i].any():
             continue
         number += 1
         for r in range(HKV):
             support = allowed[b, r, i].nonzero()[:, 0]
             heads = []
             for h in range(r * G, (r + 1) * G):
-                logits = key[b, r, support] @ query[b, h, i] * (DH**-0.5 if scale is None else scale)
+                logits = key[b, r, support] @ query[b, h, i] * scale
                 logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
                 heads.append(logits.softmax(0))
-            teacher = torch.stack(heads).mean(0).detach()
+            teacher = torch.stack(heads).mean(0).detach()[~left[b, r, i, support]]
+            weight, support = teacher.sum(), support[~left[b, r, i, support]]
+            teacher = teacher**power / (teacher**power).sum()
             shared = min(r, index_key.shape[1] - 1)
-            factor = D**-0.5 if index_scale is None else index_scale
             scores = index_key[b, shared, support] @ index_query[b, r, i] * factor
-            total = total + (teacher * (teacher.log() - scores.log_softmax(0))).sum() / HKV
+            total = total + weight * (teacher * (teacher.log() - scores.log_softmax(0))).sum() / HKV
     return total / max(number, 1)
 
 
@@ -55,9 +59,9 @@ def everyone(length=T):
     return torch.ones(B, length, dtype=torch.bool)
 
 
-def check(parts, support, allowed, counted, **options):
+def check(parts, support, allowed, counted, left=None, **options):
     """Loss and gradients against the naive ones; returns the loss."""
-    wanted = naive(*parts, allowed, counted, **options)
+    wanted = naive(*parts, allowed, counted, left, **options)
     want = torch.autograd.grad(wanted, parts[:2]) if wanted.requires_grad else [torch.zeros_like(x) for x in parts[:2]]
     loss = align_loss(*parts, support, **options)
     assert loss.item() == pytest.approx(wanted.item(), abs=1e-12)
@@ -151,6 +155,34 @@ def test_the_selected_support_is_that_of_the_blocks(workspace, is_packed, monkey
     everything = select_blocks(parts[0].detach(), parts[1].detach(), block_size=4, topk=8, document_start=start)
     all_blocks = Support(block_ids=everything, block_size=4, document_start=start)
     assert align_loss(*parts, all_blocks).item() == pytest.approx(full)
+
+
+@pytest.mark.parametrize("workspace", [1, B * HKV * G * 30, 1 << 22])
+@pytest.mark.parametrize(("power", "local_blocks", "sink_blocks"), [(2.0, 0, 0), (2.0, 1, 0), (1.5, 2, 1), (1.0, 1, 1)])
+def test_raised_teachers_and_blocks_that_are_left_out(workspace, power, local_blocks, sink_blocks, monkeypatch):
+    monkeypatch.setattr(module, "_WORKSPACE", workspace)
+    start = torch.zeros(B, T, dtype=torch.int64)
+    start[1, 10:] = 10
+    allowed = causal() & (torch.arange(T) >= start[:, None, :, None])
+    block = (torch.arange(T)[None, None] - start[..., None]).clamp(min=0) // 4  # [B, Tq, Tk]
+    own = ((torch.arange(T) - start) // 4)[..., None]
+    left = (block < sink_blocks) | ((block > own - local_blocks) & (block <= own))
+    left = left[:, None].expand(-1, HKV, -1, -1)
+    forced = {"local_blocks": local_blocks, "sink_blocks": sink_blocks, "block_size": 4}
+    support = Support(document_start=start, **forced)
+    found = check(tensors(), support, allowed, everyone(), left, power=power)
+    assert found != pytest.approx(align_loss(*tensors(), Support(document_start=start)).item())
+    counted = int((allowed & ~left)[:, 0].any(-1).sum())
+    sums = align_sums(*(part.detach() for part in tensors()), support, power=power)
+    assert int(sums.queries) == counted
+    assert counted == B * T or local_blocks or sink_blocks
+
+
+def test_a_query_that_gives_next_to_nothing_to_what_is_compared_changes_next_to_nothing():
+    index_query, index_key, query, key = (part.detach().float() for part in tensors())
+    key = torch.where(torch.arange(T)[:, None] % 4 == 3, key, -1e3)  # squares of what is far are 0 in float32
+    sums = align_sums(index_query, index_key, query.abs(), key, Support(block_size=4, local_blocks=1), power=2.0)
+    assert all(part.isfinite().all() for part in (sums.loss, sums.grad_index_query, sums.grad_index_key))
 
 
 def test_a_student_that_knows_the_teacher_has_no_loss_and_no_gradient():

@@ -12,6 +12,8 @@ from torch import nn
 import msa_compile
 from msa_compile import MSAConfig, errors
 from msa_compile.calibrate import train
+from msa_compile.calibrate.metrics import SiteMetrics
+from msa_compile.calibrate.result import Bars, SiteCalibration
 from msa_compile.indexer import IndexBranch
 
 AUTO = MSAConfig(block_size=4, topk_blocks=3, dense_below=0)
@@ -33,7 +35,8 @@ def new(make=small, config=AUTO):
 
 
 def calibrated(model, data=BATCHES, **options):
-    given = {"steps": 8, "learning_rate": 1e-2, "min_mass_ratio": 0.0, "progress": False, **options}
+    bars = {"min_mass_ratio": 0.0, "min_found": 0.0}
+    given = {"steps": 8, "learning_rate": 1e-2, "progress": False, **bars, **options}
     return msa_compile.calibrate(model, data, **given)
 
 
@@ -105,14 +108,16 @@ def test_the_table_the_picture_and_plain_values_have_every_site(tmp_path):
     assert (tmp_path / "new" / "picture.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("bar", ["min_mass_ratio", pytest.param("min_found", marks=slow)])
 @pytest.mark.parametrize(
     ("fallback", "indexer"),
     [pytest.param("keys", "auto", marks=slow), pytest.param("keys", "learned", marks=slow), ("dense", "auto")],
 )
-def test_a_site_below_the_bar_falls_back(fallback, indexer):
+def test_a_site_below_a_bar_falls_back(fallback, indexer, bar):
     config = MSAConfig(block_size=4, topk_blocks=3, dense_below=0, fallback=fallback, indexer=indexer)
     model = new(config=config)
-    result = calibrated(model, steps=2, min_mass_ratio=1.0)
+    result = calibrated(model, steps=2, **{bar: 1.0})
+    assert all(site.metrics.decisive > 0 for site in result.sites)
     assert {site.decision for site in result.sites} == {fallback}
     assert {site.indexer for site in msa_compile.explain(model).sites} == {"keys" if fallback == "keys" else None}
     expected = new() if fallback == "keys" else sharp(small())
@@ -136,6 +141,21 @@ def test_decisions_and_metrics_are_saved_and_loaded(tmp_path):
     found, said = msa_compile.explain(other), msa_compile.explain(model)
     assert (found.calibration, found.calibrated) == (said.calibration, said.calibrated)
     assert sorted(site.indexer for site in found.sites) == ["keys", "learned"]
+
+
+def test_facts_that_are_lost_fail_a_bar_where_mass_does_not():
+    metrics = SiteMetrics(0.1, 0.9, 0.98, 1.0, 0.98, 0.1, queries=10_000, decisive=200, found=0.9)
+    assert not Bars(0.95, 0.95).are_met(metrics)
+    assert Bars(0.95, 0.9).are_met(metrics)
+    assert not Bars(0.99, 0.9).are_met(metrics)
+
+
+def test_metrics_of_a_version_that_did_not_count_what_is_found_are_read():
+    said = SiteCalibration("layer", "learned", 1.0, SiteMetrics(0.1, 0.9, 0.98, 1.0, 0.98, 0.1, 100)).to_dict()
+    del said["metrics"]["found"], said["metrics"]["decisive"]
+    read = SiteCalibration.from_dict(said)
+    assert read.metrics.decisive == 0
+    assert "finds" not in str(read)
 
 
 def trained(make):
@@ -282,6 +302,7 @@ def test_data_that_will_not_do_is_refused(data, error, why, shared):
         ({"learning_rate": 0.0}, "learning_rate is 0"),
         ({"stage": "warm"}, "stage is 'warm'"),
         ({"min_mass_ratio": 2}, "min_mass_ratio is 2"),
+        ({"min_found": -1}, "min_found is -1"),
         ({"max_length": 0}, "max_length is 0"),
     ],
 )

@@ -70,7 +70,7 @@ def test_with_every_block_selected_it_is_the_loss_of_calibration():
     few.load_state_dict(model.state_dict())
     few(IDS)
     assert msa_compile.index_loss(few).item() != pytest.approx(loss, rel=0.01), "selected blocks alone"
-    options = {"steps": 1, "learning_rate": 1e-9, "min_mass_ratio": 0.0, "progress": False}
+    options = {"steps": 1, "learning_rate": 1e-9, "stage": "align", "min_mass_ratio": 0.0, "progress": False}
     found = msa_compile.calibrate(few, [IDS, IDS], **options)
     assert sum(found.history[0]) == pytest.approx(loss, rel=1e-4)
 

@@ -52,9 +52,10 @@ def best_blocks(worth, own):
     return forced | set(rest[: TOPK - len(forced)])
 
 
-def naive(call, counted):
+def naive(call, counted, stage):
     """The same numbers from nested loops."""
     kls, recalls, shares, error, energy = [], [], {"mass": [], "oracle_mass": [], "keys_mass": []}, 0.0, 0.0
+    found = []
     for b in range(B):
         start = int(call.bounds["key_start"][b])
         for i in range(start, T):
@@ -70,7 +71,15 @@ def naive(call, counted):
                 teacher = [sum(head[j] for head in heads) / G for j in range(len(slots))]
                 scores = [float(call.index_query[b, r, i] @ call.index_key[b, 0, j]) for j in slots]
                 student = softmax([score * D**-0.5 for score in scores])
-                kls.append(sum(p * math.log(p / q) for p, q in zip(teacher, student, strict=True)))
+                if stage == "select":
+                    far = [j for j in range(len(slots)) if 0 < j // BLOCK < own]
+                    pairs = [(teacher[j] ** 2, student[j]) for j in far]
+                    both = [sum(column) for column in zip(*pairs, strict=True)]
+                    weight = sum(teacher[j] for j in far)
+                    terms = [p / both[0] * math.log(p / both[0] / (q / both[1])) for p, q in pairs]
+                    kls += [weight * sum(terms)] if far else []
+                else:
+                    kls.append(sum(p * math.log(p / q) for p, q in zip(teacher, student, strict=True)))
                 mean = call.query[b, r * G : (r + 1) * G, i].mean(0)
                 by_keys = [float(mean @ call.key[b, r, j]) for j in slots]
 
@@ -85,6 +94,8 @@ def naive(call, counted):
                 if len(mass) > TOPK:
                     oracle = best_blocks(mass, own)
                     recalls.append(len(mine & oracle) / len(oracle))
+                    far = {block for block in mass if 0 < block <= own - TOPK}
+                    found += [block in mine for block in far if mass[block] >= max(0.2, *(mass[b] for b in far))]
                     keys = best_blocks(by_block(by_keys, max), own)
                     for name, chosen in (("mass", mine), ("oracle_mass", oracle), ("keys_mass", keys)):
                         shares[name].append(sum(mass[block] for block in chosen))
@@ -96,20 +107,22 @@ def naive(call, counted):
                     error += float((outputs - dense).square().sum())
                     energy += float(dense.square().sum())
     means = {name: sum(values) / len(values) for name, values in shares.items()}
-    found = {"kl": sum(kls) / len(kls), "recall": sum(recalls) / len(recalls), **means}
-    return {**found, "output_error": math.sqrt(error / energy), "queries": len(recalls)}
+    means |= {"kl": sum(kls) / len(kls), "recall": sum(recalls) / len(recalls), "found": sum(found) / len(found)}
+    return {**means, "output_error": math.sqrt(error / energy), "queries": len(recalls), "decisive": len(found)}
 
 
-@pytest.mark.parametrize(("softcap", "workspace"), [(None, 1 << 22), (1.5, 1)])
-def test_metrics_equal_those_of_loops_and_padding_does_not_count(softcap, workspace, monkeypatch):
+@pytest.mark.parametrize(("softcap", "workspace", "stage"), [(None, 1 << 22, "align"), (1.5, 1, "select")])
+def test_metrics_equal_those_of_loops_and_padding_does_not_count(softcap, workspace, stage, monkeypatch):
     monkeypatch.setattr(metrics, "_WORKSPACE", workspace)
     call = call_of(softcap)
     counted = torch.ones(B, T, dtype=torch.bool)
     counted[0, 19:] = False  # padded on the right
     sums = MetricSums.zeros()
-    add_metrics(sums, call, counted)
-    found, expected = sums.means(), naive(call, counted)
+    add_metrics(sums, call, counted, stage)
+    found, expected = sums.means(), naive(call, counted, stage)
     assert 0.1 < expected["recall"] < 0.95
+    assert 0.1 < expected["found"] < 0.95
+    assert 0 < expected["decisive"] < expected["queries"]
     for name, value in expected.items():
         assert getattr(found, name) == pytest.approx(value, rel=1e-4), name
     assert found.mass_ratio == pytest.approx(expected["mass"] / expected["oracle_mass"], rel=1e-4)
@@ -165,7 +178,7 @@ def test_the_gradient_of_a_step_is_that_of_the_loss_run_eagerly(make, monkeypatc
         seen.append([parameter.grad.clone() for parameter in optimizer.param_groups[0]["params"]])
 
     monkeypatch.setattr(torch.optim.Adam, "step", keep)
-    result = msa_compile.calibrate(model, [ids, ids], steps=1, min_mass_ratio=0.0, progress=False)
+    result = msa_compile.calibrate(model, [ids, ids], steps=1, stage="align", min_mass_ratio=0.0, progress=False)
     assert result.history[0][1] == pytest.approx(loss, rel=1e-4)
     order = [site.indexer.q_proj, site.indexer.k_proj, site.indexer.q_norm, site.indexer.k_norm]
     assert [part.weight.shape for part in order] == [entry.shape for entry in seen[0][4:]]

@@ -117,7 +117,19 @@ def test_hand_written_model_is_made_sparse(capsys):
 
 def test_branches_are_calibrated_and_generate(tmp_path, capsys):
     plot = tmp_path / "calibration.png"
-    arguments = ["--small", "--inner", "eager", "--context", "128", "--topk", "2", "--min-mass-ratio", "0"]
+    arguments = [
+        "--small",
+        "--inner",
+        "eager",
+        "--context",
+        "128",
+        "--topk",
+        "2",
+        "--min-mass-ratio",
+        "0",
+        "--min-found",
+        "0",
+    ]
     assert calibrate_and_generate.main([*arguments, "--plot", str(plot)]) == 0
     printed = capsys.readouterr().out
     assert "2 of 2 sites select by their index branch" in printed
