@@ -137,7 +137,8 @@ def site_flops(site: Site, config: MSAConfig, length: int) -> tuple[int, int]:
     longest_dense = site.dense_below.keys if site.dense_below else config.resolved_dense_below()
     if site.decision == "dense" or length <= longest_dense:
         return dense, dense
-    budget = config.topk_blocks * config.block_size
+    block_size, blocks = site.own_budget or (config.block_size, config.topk_blocks)
+    budget = blocks * block_size
     return dense, site.key_value_heads * site.head_dim * length**2 + 4 * width * length * min(budget, length)
 
 
@@ -180,7 +181,7 @@ _COLUMNS = ("site", "source", "form", "Hq/Hkv/D", "mask", "decision", "why")
 def _cells(site: Site, config: MSAConfig, calibration: str = "") -> tuple[str, ...]:
     why = site.detail if site.reason is None else f"{site.reason.value}: {site.detail}"
     own = config.for_site(site.name).topk_blocks
-    if site.decision == "sparse" and own != config.topk_blocks:
+    if site.decision == "sparse" and own != config.topk_blocks and site.own_budget is None:
         why += f"; {own} blocks"
     why += f"; {calibration}" if calibration else ""
     heads = f"{site.query_heads}/{site.key_value_heads or '?'}/{site.head_dim}"

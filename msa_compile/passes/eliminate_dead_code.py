@@ -18,7 +18,8 @@ def eliminate_dead_code(graph: Graph) -> int:
     """
     removed = 0
     for node in reversed(list(graph.nodes)):
-        if not node.users and _is_pure(node) and LOSS not in node.meta:
+        pure = _is_pure(node) or _is_write_that_nobody_reads(node)
+        if not node.users and pure and LOSS not in node.meta:
             graph.erase_node(node)
             removed += 1
     return removed
@@ -35,6 +36,23 @@ def is_used(node: Node) -> bool:
             seen.add(user)
             pending.extend(user.users)
     return False
+
+
+def _is_write_that_nobody_reads(node: Node) -> bool:
+    """Whether an in-place call changes nothing but a tensor that this graph made, and that has no other reader."""
+    if not isinstance(node.target, OpOverload) or node.target.namespace != "aten" or not node.args:
+        return False
+    written = [entry for entry in node.target._schema.arguments if entry.alias_info and entry.alias_info.is_write]
+    source = node.args[0]
+    return (
+        written == node.target._schema.arguments[:1]
+        and isinstance(source, Node)
+        and list(source.users) == [node]
+        and _is_pure(source)
+        and source.op == "call_function"
+        and isinstance(source.target, OpOverload)
+        and not any(entry.alias_info for entry in source.target._schema.returns)
+    )
 
 
 def _is_pure(node: Node) -> bool:
