@@ -18,7 +18,7 @@ from msa_compile.passes.match_sdpa import is_sdpa, match_sdpa
 from msa_compile.passes.match_softmax_chain import is_softmax, match_softmax_chain
 from msa_compile.passes.prove_heads import prove_heads
 from msa_compile.passes.prove_mask import prove_mask
-from msa_compile.passes.prove_own_selection import SelectionProof, prove_own_selection
+from msa_compile.passes.prove_own_selection import SelectionProof, SelectionProver
 from msa_compile.passes.prove_products import prove_products
 from msa_compile.records import Reason
 
@@ -75,17 +75,18 @@ class Found:
 def detect_attention(graph: Graph) -> list[Found]:
     """Every attention of ``graph``, in order; a second one of the same module is named ``"path:1"``."""
     facts = GraphFacts(graph)
+    prover = SelectionProver(facts)
     found: list[Found] = []
     seen: dict[str, int] = {}
     for node in graph.nodes:
-        entry = _detect(facts, node, seen)
+        entry = _detect(facts, prover, node, seen)
         if entry is not None:
             found.append(entry)
             log.debug("%s at %s: %s", entry.form, entry.name, entry.reason or entry.proved)
     return found
 
 
-def _detect(facts: GraphFacts, node: Node, seen: dict[str, int]) -> Found | None:
+def _detect(facts: GraphFacts, prover: SelectionProver, node: Node, seen: dict[str, int]) -> Found | None:
     attention: Attention | None = None
     form = "sdpa" if is_sdpa(node) else "flex" if is_flex_attention(node) else "eager"
     heads = (0, 0, 0)
@@ -107,7 +108,7 @@ def _detect(facts: GraphFacts, node: Node, seen: dict[str, int]) -> Found | None
         check_projections(facts, attention, key.node)
         _check_dims(query, key, value)
         own = find_own_selection(facts, attention, key.count)
-        selection = None if own is None else prove_own_selection(facts, attention, own)
+        selection = None if own is None else prover.prove(attention, own)
         if own is not None:
             attention = replace(attention, mask=(MaskTerm(own.seen, "visible"),))
         mask = prove_mask(facts, attention, query, key)

@@ -21,7 +21,10 @@ from msa_compile.records import Reason
 
 aten = torch.ops.aten
 _AND = (aten.bitwise_and, aten.__and__, aten.logical_and)
-_REPEATS = (aten.repeat_interleave, aten.expand, aten.reshape, aten.view, aten.unsqueeze, aten.contiguous, aten.flatten)
+_REPEATS = (
+    aten.repeat_interleave, aten.expand, aten.reshape, aten.view, aten.unsqueeze, aten.contiguous, aten.flatten,
+    aten.slice, aten.alias,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class OwnSelection:
         scores: Product of index queries and keys, ``[B, Hkv, Tq, Tk]``.
         index_query: ``[B, Hkv, Tq, D]``.
         index_key: ``[B, 1 or Hkv, Tk, D]``.
-        kept: Which keys are in a chosen block, bool ``[B, Hkv, Tq, Tk]``.
+        kept: Which keys are in a chosen block, bool ``[B, Hkv, Tq, Tk]``; its ``Tk`` may be another symbol than that of
+            the scores, where index keys are cached apart from keys.
         seen: What else hides keys, bool ``[B or 1, 1, Tq, Tk]``.
         best: The call of ``topk`` that chooses.
         block_size: Keys in a block.
@@ -71,12 +75,14 @@ def find_own_selection(facts: GraphFacts, attention: Attention, groups: int) -> 
     if len(chosen) > 1 or len(products) > 1:
         raise _refused(f"{len(chosen)} choices among {len(products)} products")
     scores = products[0]
-    heads = scores.meta["val"].shape[1]
+    heads, dtype = scores.meta["val"].shape[1], scores.meta["val"].dtype
     if expression(heads) != groups:
         raise _refused(f"{heads} index heads for {groups} key/value heads")
+    if dtype not in (torch.float32, torch.float64):
+        raise _refused(f"its scores are {dtype}, and those of the ops float32")
     kept = _kept(inner, scores, term.node)
     pooled = [node for node in inner if is_op(node, aten.amax) and facts.position[node] < facts.position[chosen[0]]]
-    block_size = pooled[0].args[0].meta["val"].shape[-1] if len(pooled) == 1 else None  # type: ignore[union-attr]
+    block_size = _captured(pooled[0].args[0].meta["val"].shape[-1]) if len(pooled) == 1 else None  # type: ignore[union-attr]
     if not isinstance(block_size, int):
         raise _refused("blocks are not scored by their best key")
     query, key = _operands(scores)
@@ -99,12 +105,18 @@ def _kept(inner: set[Node], scores: Node, term: Node) -> Node:
     chain = [term]
     while chain[-1] is not scores and chain[-1] in nearest:
         chain.append(nearest[chain[-1]])
-    wanted = [expression(size) for size in scores.meta["val"].shape]
+    # As long as the scores are in the call that was captured: at other sizes the proof tells.
+    wanted = [_captured(size) for size in scores.meta["val"].shape]
     for node in reversed(chain):
         value = tensor_value(node)
-        if value is not None and value.dtype == torch.bool and [expression(size) for size in value.shape] == wanted:
+        if value is not None and value.dtype == torch.bool and [_captured(size) for size in value.shape] == wanted:
             return node
     raise _refused("nothing says for each key whether its block is chosen")
+
+
+def _captured(size: object) -> object:
+    """A size in the call that was captured."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def _seen(inner: set[Node], kept: Node) -> Node:

@@ -40,7 +40,7 @@ def _decide(entry: Found, config: MSAConfig, windows: dict[str, int], measure: b
         reason, detail = Reason.EXCLUDED, "left out by include/exclude"
     own = None if entry.proved is None else entry.proved.selection
     if own is not None and reason is None:
-        chosen = f"the model's own {own.topk} blocks of {own.block_size} keys"
+        chosen = f"own indexer: the model's own {own.topk} blocks of {own.block_size} keys"
         detail = f"{detail}; {chosen}" if detail else chosen
     return Site(
         name=entry.name,

@@ -1,40 +1,35 @@
 """Prove by running it that what a model chooses its blocks by is the rule of `msa::select_blocks_at`.
 
 What lies between the scores and the chosen keys is run on random scores and positions, at sizes around its block size
-and its budget, beside the rule written out; what lies behind, on random choices. A row in which two blocks score the
-same where the budget ends proves nothing and is left out: no rule is promised there.
+and its budget, beside the rule written out; what lies behind, on random choices.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import sympy
 import torch
-from torch import Tensor
 from torch.fx import Node
-from torch.nn import functional as F
+from torch.fx.node import map_arg
 
-from msa_compile.kernels.given_mask.op import HIDDEN
 from msa_compile.passes.attention import Attention, Refused
-from msa_compile.passes.choose_sizes import SizeSpace
 from msa_compile.passes.find_own_selection import OwnSelection
 from msa_compile.passes.graph_facts import GraphFacts, argument, is_op, tensor_value
-from msa_compile.passes.replay import ReplayError, Sizes, bind, concrete, expression, is_runnable, replay, symbols_of
-from msa_compile.records import Reason
+from msa_compile.passes.replay import ReplayError, bind, expression, is_runnable, replay
+from msa_compile.passes.run_own_selection import Trial, concrete_shape, is_rule, refused, trials_of
 
 aten = torch.ops.aten
-_LARGEST_RUN = 2**26  # scores of one run
-_LARGEST_SUM = 2**27  # scores of all runs of a site
 _FAR = 2**40  # a length beyond every budget
+_DROWNS = -1e30  # less than this, and a score that it is added to is gone in rounding
 _STEPS = (
     aten.arange, aten.gt, aten.ge, aten.lt, aten.le, aten.eq, aten.ne, aten.sub, aten.add, aten.neg, aten.masked_fill,
     aten.pad, aten.view, aten.reshape, aten.amax, aten.floor_divide, aten.div, aten.unsqueeze, aten.clamp, aten.expand,
     aten.scatter, aten.scatter_, aten.topk, aten.new_full, aten.full, aten.slice, aten.repeat_interleave, aten.to,
     aten.where, aten.bitwise_not, aten.logical_not, aten.bitwise_and, aten.bitwise_or, aten.logical_and,
     aten.logical_or, aten.__and__, aten.__or__, aten.squeeze, aten.contiguous, aten.clone, aten.alias, aten.detach,
+    aten.zeros, aten.full_like, aten.zeros_like,
 )  # fmt: skip
 
 
@@ -45,45 +40,98 @@ class SelectionProof:
     Attributes:
         index_query: ``[B, Hkv, Tq, D]``.
         index_key: ``[B, 1 or Hkv, Tk, D]``.
-        positions: Slots of the queries, ``[Tq]``, ``[1, Tq]`` or ``[B, Tq]``.
+        positions: Slots of the queries, ``[Tq]``, ``[1, Tq]`` or ``[B, Tq]``; ``None`` where they are proved to be the
+            last ones of the keys.
         block_size, topk, local_blocks: As in ``MSAConfig``.
+        averages: Whether a query that sees nothing gets the mean of all values, as a softmax over scores that are all
+            hidden by one finite number gives it, and not zeros.
     """
 
     index_query: Node
     index_key: Node
-    positions: Node
+    positions: Node | None
     block_size: int
     topk: int
     local_blocks: int
+    averages: bool
 
 
 @dataclass(frozen=True)
-class _Trial:
-    """Scores ``[B, Hkv, Tq, Tk]`` and positions ``[B, Tq]`` to run at, and the sizes that they have."""
+class _Rule:
+    """What was proved, without the nodes of one site: the layers of a model have the same selection."""
 
-    sizes: Sizes
-    scores: Tensor
-    positions: Tensor
+    positions: int | None
+    topk: int
+    local_blocks: int
+    averages: bool
 
 
-def prove_own_selection(facts: GraphFacts, attention: Attention, own: OwnSelection) -> SelectionProof:
-    """Prove the block selection ``own`` of ``attention``.
+class SelectionProver:
+    """Proves the block selections of one graph, equal ones once."""
 
-    Raises:
-        Refused: It follows another rule, or could not be run.
-    """
+    def __init__(self, facts: GraphFacts) -> None:
+        self._facts = facts
+        self._known: dict[tuple[str, ...], _Rule | Refused] = {}
+
+    def prove(self, attention: Attention, own: OwnSelection) -> SelectionProof:
+        """Prove the block selection ``own`` of ``attention``.
+
+        Raises:
+            Refused: It follows another rule, or could not be run.
+        """
+        nodes = self._pieces(attention, own)
+        spelling = _spelling(attention, own, nodes)
+        if spelling not in self._known:
+            try:
+                self._known[spelling] = _prove(self._facts, attention, own, nodes)
+            except Refused as refusal:
+                self._known[spelling] = refusal
+        rule = self._known[spelling]
+        if isinstance(rule, Refused):
+            raise rule
+        positions = None if rule.positions is None else nodes[rule.positions]
+        read = [node for node in (own.index_query, own.index_key, own.seen, positions) if node is not None]
+        if any(self._facts.written_between(node, own.scores, attention.output) for node in read):
+            raise refused("what it is made from is overwritten before the attention")
+        return SelectionProof(
+            own.index_query, own.index_key, positions, own.block_size, rule.topk, rule.local_blocks, rule.averages
+        )
+
+    def _pieces(self, attention: Attention, own: OwnSelection) -> list[Node]:
+        """All that the mask is made from, back to the scores and to what else hides keys, in order."""
+        stops = (own.scores, own.seen)
+        inner, boundary = self._facts.makers(own.term.node, attention.output, stop=lambda node: node in stops)
+        return self._facts.ordered(inner | boundary)
+
+
+def _spelling(attention: Attention, own: OwnSelection, nodes: list[Node]) -> tuple[str, ...]:
+    """The same for two selections that differ in nothing but what they are given."""
+    numbers = {node: number for number, node in enumerate(nodes)}
+    roles = [own.kept, own.seen, own.scores, own.best, own.term.node]
+    head = f"{attention.form} {attention.sinks is None} {own.term.kind} {[numbers[node] for node in roles]}"
+    lines = [head]
+    for node in nodes:
+        value = node.meta.get("val")
+        shape = (value.dtype, *value.shape) if isinstance(value, torch.Tensor) else value
+        given = map_arg((node.args, node.kwargs), lambda source: f"%{numbers.get(source, source)}")  # type: ignore[arg-type,return-value]
+        # A size is what it is, and what is given is anything of its shape.
+        is_open = node in (own.scores, own.seen) or node.op == "placeholder" or isinstance(value, torch.SymInt)
+        lines.append(f"{'' if is_open else f'{node.target} {given}'} {shape}")
+    return tuple(lines)
+
+
+def _prove(facts: GraphFacts, attention: Attention, own: OwnSelection, nodes: list[Node]) -> _Rule:
     try:
         topk = _budget(own)
-        trials = list(_trials(own, topk))
+        trials = list(trials_of(own, topk))
         positions, local_blocks = _find_positions(facts, own, topk, trials)
-        _check_mask(facts, attention, own, trials)
+        averages = _check_mask(facts, attention, own, topk, trials)
+        if positions not in nodes:
+            raise refused("what else hides keys is part of the choice")
+        where = None if _are_last(facts, own, positions, topk, trials) else nodes.index(positions)
+        return _Rule(where, topk, local_blocks, averages)
     except ReplayError as error:
-        raise _refused(f"it could not be run: {error}") from None
-    return SelectionProof(own.index_query, own.index_key, positions, own.block_size, topk, local_blocks)
-
-
-def _refused(why: str) -> Refused:
-    return Refused(Reason.DATA_DEPENDENT_MASK, f"the model's own block selection: {why}")
+        raise refused(f"it could not be run: {error}") from None
 
 
 def _budget(own: OwnSelection) -> int:
@@ -92,136 +140,92 @@ def _budget(own: OwnSelection) -> int:
     size = expression(given.meta["val"] if isinstance(given, Node) else given)
     far = [bind(size, dict.fromkeys(size.free_symbols, length)) for length in (_FAR, 2 * _FAR)]
     if far[0] != far[1] or not isinstance(far[0], sympy.Integer):
-        raise _refused(f"its budget of {size} blocks is no number")
+        raise refused(f"its budget of {size} blocks is no number")
     return int(far[0])
 
 
-def _trials(own: OwnSelection, topk: int) -> Iterator[_Trial]:
-    """Sizes around a block and around the budget, some of them beyond it."""
-    shape = own.scores.meta["val"].shape
-    tensors = (own.scores, own.kept, own.seen, own.term.node)
-    symbols = symbols_of(set(tensors))
-    rows = set().union(*(expression(node.meta["val"].shape[0]).free_symbols for node in tensors))
-    lengths = symbols - (rows - expression(shape[2]).free_symbols - expression(shape[3]).free_symbols)
-    space = SizeSpace(size for size in shape if isinstance(size, torch.SymInt))
-    block, budget = own.block_size, own.block_size * topk
-    wanted = [
-        5,
-        block,
-        block + 1,
-        2 * block + 3,
-        budget - 1,
-        budget,
-        budget + 1,
-        budget + block,
-        budget + 2 * block + 1,
-    ]
-    pool = sorted({size - less for size in wanted for less in (0, 1) if size - less > 1})
-    generator = torch.Generator().manual_seed(0)
-    left, longest = _LARGEST_SUM, 0
-    for chosen in space.spread(lengths, pool, limit=64):
-        sizes = {**dict.fromkeys(symbols - lengths, 2), **chosen}
-        batch, heads, queries, keys = (concrete(size, sizes) for size in shape)
-        cost = batch * heads * queries * keys
-        if not space.holds(sizes) or queries > keys or cost > min(_LARGEST_RUN, left):
-            continue
-        left, longest = left - cost, max(longest, keys)
-        scores = torch.randn(batch, heads, queries, keys, generator=generator).to(own.scores.meta["val"].dtype)
-        last = torch.arange(keys - queries, keys).expand(batch, -1).contiguous()
-        yield _Trial(sizes, scores, last)
-        yield _Trial(sizes, scores, torch.randint(keys, (batch, queries), generator=generator))
-    bound = shape[3] if isinstance(shape[3], int) else space.upper_bound(shape[3])
-    if longest <= budget and (longest == 0 or bound is None or bound > budget):
-        raise _refused(f"it could not be run beyond its budget of {budget} keys")
-
-
-def _find_positions(facts: GraphFacts, own: OwnSelection, topk: int, trials: list[_Trial]) -> tuple[Node, int]:
+def _find_positions(facts: GraphFacts, own: OwnSelection, topk: int, trials: list[Trial]) -> tuple[Node, int]:
     """The positions of queries and the number of local blocks with which the rule holds in every trial."""
     inner, boundary = facts.makers(own.kept, own.kept, stop=lambda node: node is own.scores)
-    _check_steps(inner, max(trial.scores.shape[-1] for trial in trials))
+    _check_steps(inner, own, topk, trials)
     queries = expression(own.scores.meta["val"].shape[2])
     for node in facts.ordered(inner | boundary):
         value = tensor_value(node)
-        if (
-            value is None
-            or value.dtype != torch.int64
-            or value.dim() not in (1, 2)
-            or expression(value.shape[-1]) != queries
-        ):
+        is_row = value is not None and value.dtype == torch.int64 and value.dim() in (1, 2)
+        if not is_row or expression(value.shape[-1]) != queries:  # type: ignore[union-attr]
             continue
         for local_blocks in range(1, topk + 1):
             try:
-                if all(_is_rule(facts, own, node, trial, topk, local_blocks) for trial in trials):
+                if all(is_rule(facts, own, node, trial, topk, local_blocks) for trial in trials):
                     return node, local_blocks
             except ReplayError:
                 break
-    raise _refused(f"another choice than the best {topk} blocks of {own.block_size} keys by their best key")
+    raise refused(f"another choice than the best {topk} blocks of {own.block_size} keys by their best key")
 
 
-def _check_steps(inner: set[Node], longest: int) -> None:
+def _check_steps(inner: set[Node], own: OwnSelection, topk: int, trials: list[Trial]) -> None:
     """Refuse what a few runs do not tell of: steps that are no part of a selection, and constants beyond the runs."""
+    # Runs go beyond the budget, or the graph never does.
+    longest = max(own.block_size * topk, *(trial.scores.shape[-1] for trial in trials))
     for node in inner:
         if tensor_value(node) is not None and node.target is not operator.getitem and not is_op(node, *_STEPS):
-            raise _refused(f"{node.target} is no part of one that is known")
+            raise refused(f"{node.target} is no part of one that is known")
         for part in (*node.args, *node.kwargs.values()):
             if isinstance(part, int) and longest < abs(part) < 2**40:
-                raise _refused(f"it may change at {part}, beyond the sizes that it was run at")
+                raise refused(f"it may change at {part}, beyond the sizes that it was run at")
 
 
-def _is_rule(
-    facts: GraphFacts, own: OwnSelection, positions: Node, trial: _Trial, topk: int, local_blocks: int
-) -> bool:
-    given = _positions_like(positions, trial)
-    inner, boundary = facts.makers(own.kept, own.kept, stop=lambda node: node in (own.scores, positions))
-    runnable = {node for node in boundary if is_runnable(node)}
-    kept = replay(facts, inner | runnable, {own.scores: trial.scores, positions: given}, trial.sizes, own.kept)
-    where = given.expand(len(trial.scores), -1) if given.dim() == 2 else given.expand(len(trial.scores), len(given))
-    expected, is_decided = _choose(trial.scores, where, own.block_size, topk, local_blocks)
-    return bool((kept == expected)[is_decided].all())
+def _are_last(facts: GraphFacts, own: OwnSelection, positions: Node, topk: int, trials: list[Trial]) -> bool:
+    """Whether queries stand at the last slots of the keys in every call, by what makes their positions."""
+    inner, boundary = facts.makers(positions, own.kept)
+    if not all(is_runnable(node) or tensor_value(node) is None for node in boundary):
+        return False
+    try:
+        _check_steps(inner, own, topk, trials)
+        for trial in trials:
+            queries, keys = trial.scores.shape[2:]
+            found = replay(facts, inner | {node for node in boundary if is_runnable(node)}, {}, trial.sizes, positions)
+            if not bool((found == torch.arange(keys - queries, keys)).all()):
+                return False
+    except (Refused, ReplayError):
+        return False
+    return True
 
 
-def _positions_like(node: Node, trial: _Trial) -> Tensor:
-    """The positions of a trial in the shape of ``node``."""
-    shape = [concrete(size, trial.sizes) for size in node.meta["val"].shape]
-    return trial.positions[0] if len(shape) == 1 else trial.positions[: shape[0]].contiguous()
+def _check_mask(facts: GraphFacts, attention: Attention, own: OwnSelection, topk: int, trials: list[Trial]) -> bool:
+    """Refuse a mask that is not, for the heads of each group, the chosen keys that are seen.
 
-
-def _choose(scores: Tensor, positions: Tensor, block_size: int, topk: int, local_blocks: int) -> tuple[Tensor, Tensor]:
-    """The rule: which keys are in a chosen block ``[B, H, Tq, Tk]``, and in which rows it is decided ``[B, H, Tq]``."""
-    keys = scores.shape[-1]
-    blocks = -(-keys // block_size)
-    scores = scores.masked_fill(torch.arange(keys) > positions[:, None, :, None], -torch.inf)
-    best = F.pad(scores, (0, blocks * block_size - keys), value=-torch.inf).unflatten(-1, (blocks, -1)).amax(-1)
-    block, local = torch.arange(blocks), (positions // block_size)[:, None, :, None]
-    best = best.masked_fill((block <= local) & (block > local - local_blocks), torch.inf)
-    ranked = best.sort(dim=-1, descending=True, stable=True)
-    chosen = torch.zeros_like(best, dtype=torch.bool)
-    chosen.scatter_(-1, ranked.indices[..., :topk], ranked.values[..., :topk] > -torch.inf)
-    is_decided = torch.ones_like(best[..., 0], dtype=torch.bool)
-    if blocks > topk:
-        last, next_best = ranked.values[..., topk - 1], ranked.values[..., topk]
-        is_decided = (last > next_best) | (next_best == -torch.inf)
-    return chosen.repeat_interleave(block_size, -1)[..., :keys], is_decided
-
-
-def _check_mask(facts: GraphFacts, attention: Attention, own: OwnSelection, trials: list[_Trial]) -> None:
-    """Refuse a mask that is not, for the heads of each group, the chosen keys that are seen."""
+    Returns:
+        ``SelectionProof.averages``.
+    """
     inner, boundary = facts.makers(own.term.node, attention.output, stop=lambda node: node in (own.kept, own.seen))
+    _check_steps(inner, own, topk, trials)
     inner |= {node for node in boundary if is_runnable(node)}
     generator = torch.Generator().manual_seed(0)
-    for trial in sorted(trials, key=lambda trial: trial.scores.numel())[:3]:
-        seen_shape = [concrete(size, trial.sizes) for size in own.seen.meta["val"].shape]
-        kept, seen = (torch.rand(*shape, generator=generator) > 0.5 for shape in (trial.scores.shape, seen_shape))
+    averages = False
+    for trial in trials:
+        shapes = (concrete_shape(node, trial.sizes) for node in (own.kept, own.seen))
+        kept, seen = (torch.rand(*shape, generator=generator) > 0.5 for shape in shapes)
+        kept[..., :1, :], kept[..., :1] = False, False  # something is hidden at every size
         mask = replay(facts, inner, {own.kept: kept, own.seen: seen}, trial.sizes, own.term.node)
-        if own.term.kind == "additive":
-            if not ((mask == 0) | (mask <= HIDDEN)).all():
-                raise _refused("the mask adds values other than 0 and minus infinity")
-            visible = mask == 0
-        else:
-            visible = mask if own.term.kind == "visible" else ~mask
+        visible = mask == 0 if own.term.kind == "additive" else mask if own.term.kind == "visible" else ~mask
+        averages = _averages(attention, own, mask[~visible])
         expected = kept & seen
         if visible.dim() != 4 or visible.shape[1] % expected.shape[1]:
-            raise _refused(f"the mask is {tuple(visible.shape)}")
-        expected = expected.repeat_interleave(visible.shape[1] // expected.shape[1], 1)
-        if not torch.equal(visible, expected):
-            raise _refused("the mask is not that of the chosen keys")
+            raise refused(f"the mask is {tuple(visible.shape)}")
+        if not torch.equal(visible, expected.repeat_interleave(visible.shape[1] // expected.shape[1], 1)):
+            raise refused("the mask is not that of the chosen keys")
+    return averages
+
+
+def _averages(attention: Attention, own: OwnSelection, added: torch.Tensor) -> bool:
+    """Whether softmax spreads evenly over keys that are all hidden, by what is ``added`` at hidden ones."""
+    if own.term.kind != "additive":
+        if attention.form not in ("sdpa", "flex"):
+            raise refused("what a query gets that sees nothing is not known")
+        return False
+    if bool((added == -torch.inf).all()):
+        return False
+    if not bool((added < _DROWNS).all()) or bool((added == -torch.inf).any()):
+        raise refused(f"it adds {float(added.max()):.6g} at a hidden key, which is less than hiding it")
+    return attention.sinks is None

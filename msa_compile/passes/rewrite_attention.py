@@ -61,7 +61,7 @@ def rewrite_attention(
     budget = {"topk": config.topk_blocks, "local_blocks": config.local_blocks, "sink_blocks": config.sink_blocks}
     branch = None if index is None else insert_index_branch(emit, index, name, proved.key.count, learns=learns)
     if own is not None:
-        block_ids = _own_blocks(emit, own)
+        block_ids = _own_blocks(emit, own, key)
     elif branch is None:
         by_keys = _group_mean(emit, query, proved.key.count)
         block_ids = emit(torch.ops.msa.select_blocks.default, by_keys, key, **budget, **shared)
@@ -97,6 +97,8 @@ def rewrite_attention(
             *(out, query, key, value, bias.added, shared["mask"], bias.found, name, owner),
             **settings,
         )
+    if own is not None and own.averages:
+        out = _with_averages(emit, out, value, block_ids, shared)
     out = emit.arranged(out, proved.output)
     dtype = attention.output.meta["val"].dtype
     if out.meta["val"].dtype != dtype:
@@ -105,14 +107,26 @@ def rewrite_attention(
     return None if branch is None else branch.binding
 
 
-def _own_blocks(emit: Emitter, own: SelectionProof) -> Node:
+def _own_blocks(emit: Emitter, own: SelectionProof, key: Node) -> Node:
     """Block ids by the model's own index queries, keys and budget."""
-    query, key = (emit(aten.detach.default, node) for node in (own.index_query, own.index_key))
+    index_query, index_key = (emit(aten.detach.default, node) for node in (own.index_query, own.index_key))
     positions = own.positions
-    if positions.meta["val"].dim() == 1:
+    if positions is not None and positions.meta["val"].dim() == 1:
         positions = emit(aten.unsqueeze.default, positions, 0)
     budget = (own.block_size, own.topk, own.local_blocks)
-    return emit(torch.ops.msa.select_blocks_at.default, query, key, positions, *budget)
+    length = emit(aten.sym_size.int, key, 2)
+    return emit(torch.ops.msa.select_blocks_at.default, index_query, index_key, positions, length, *budget)
+
+
+def _with_averages(emit: Emitter, out: Node, value: Node, block_ids: Node, shared: dict[str, Any]) -> Node:
+    """``out``, and the mean of all values where a query sees nothing."""
+    length = emit(aten.sym_size.int, value, 2)
+    bounds = (shared.get("mask"), length, shared["block_size"], shared.get("is_causal", True))
+    blind = emit(torch.ops.msa.sees_nothing.default, block_ids, *bounds)
+    mean = emit(aten.mean.dim, value, [2], True)
+    heads = out.meta["val"].shape[1] // value.meta["val"].shape[1]
+    blind, mean = (emit(aten.repeat_interleave.self_int, node, heads, 1) for node in (blind, mean))
+    return emit(aten.where.self, blind, mean, out)
 
 
 def _group_mean(emit: Emitter, query: Node, groups: int) -> Node:
