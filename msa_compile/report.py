@@ -87,7 +87,8 @@ class Report:
 
     def _headline(self) -> str:
         state = "sparsified" if self.sparsified else "not sparsified, nothing was changed"
-        own = sum(self.config.for_site(site.name).topk_blocks != self.config.topk_blocks for site in self.sparse)
+        common = self.config.topk_blocks
+        own = sum(bool(row.own_budget) or self.config.for_site(row.name).topk_blocks != common for row in self.sparse)
         budget = f"{self.config.topk_blocks} blocks of {self.config.block_size} keys"
         budget += f" ({own} rows with a budget of their own)" if own else ""
         return (
@@ -111,6 +112,10 @@ class Report:
     def _indexers(self) -> list[str]:
         learned = sum(site.indexer == "learned" for site in self.sparse)
         said = [f"  {self.calibrated}"] if self.calibrated else []
+        if own := sum(site.indexer == "own" for site in self.sparse):
+            said.append(
+                f"  {own} of {len(self.sparse)} sparse rows select by the model's own indexer, as it does itself"
+            )
         if not learned:
             return said
         missed = f", {self.missed_selections} selections of theirs by keys" if self.missed_selections else ""
@@ -123,7 +128,7 @@ class Report:
             ratio = before / after if after else 1.0
             name = f"{length // 1024}K" if length < 2**20 else f"{length // 2**20}M"
             lines.append(f"  {name:>5} tokens  {before:9.2e} -> {after:9.2e}  {ratio:5.1f}x")
-        if self.sparse:
+        if any(site.indexer != "own" for site in self.sparse):
             unknown = "not evaluated on your data yet: MSA is an approximation of dense attention beyond the budget"
             lines.append(f"  {self.evaluated or unknown}")
         return lines

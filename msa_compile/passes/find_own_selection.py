@@ -38,7 +38,7 @@ class OwnSelection:
         index_key: ``[B, 1 or Hkv, Tk, D]``.
         kept: Which keys are in a chosen block, bool ``[B, Hkv, Tq, Tk]``; its ``Tk`` may be another symbol than that of
             the scores, where index keys are cached apart from keys.
-        seen: What else hides keys, bool ``[B or 1, 1, Tq, Tk]``.
+        seen: What else hides keys, bool, broadcast to ``[B, 1, Tq, Tk]``.
         best: The call of ``topk`` that chooses.
         block_size: Keys in a block.
     """
@@ -129,9 +129,9 @@ def _seen(inner: set[Node], kept: Node) -> Node:
         if is_op(users[0], *_AND):
             seen = next(entry for entry in users[0].args if entry is not node)
             value = tensor_value(seen)
-            if not isinstance(seen, Node) or value is None or value.dtype != torch.bool or value.dim() != 4:
+            if not isinstance(seen, Node) or value is None or value.dtype != torch.bool or value.dim() > 4:
                 raise _refused("what else hides keys is no mask")
-            if expression(value.shape[1]) != 1:
+            if value.dim() > 2 and expression(value.shape[-3]) != 1:
                 raise _refused("what else hides keys differs between heads")
             return seen
         if not is_op(users[0], *_REPEATS):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from msa_compile.errors import KernelArgumentError
 from msa_compile.kernels.select_blocks import reference
 
 BATCH, GROUPS, QUERIES, KEYS, WIDTH, BLOCK, TOPK = 2, 2, 9, 40, 16, 4, 3
@@ -21,10 +22,40 @@ def test_each_query_has_the_blocks_of_its_own_place(positions: torch.Tensor) -> 
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(BATCH, GROUPS, QUERIES, WIDTH, generator=generator)
     key = torch.randn(BATCH, 1, KEYS, WIDTH, generator=generator)
-    found = torch.ops.msa.select_blocks_at(query, key, positions, BLOCK, TOPK, 1)
+    found = torch.ops.msa.select_blocks_at(query, key, positions, KEYS, BLOCK, TOPK, 1)
     assert found.shape == (BATCH, GROUPS, QUERIES, TOPK)
     for place in range(QUERIES):
         start = positions[:, place].expand(BATCH)
         alone = query[:, :, place : place + 1]
         expected = reference.select_blocks(alone, key, block_size=BLOCK, topk=TOPK, query_start=start)
         assert torch.equal(found[:, :, place : place + 1], expected)
+
+
+def test_without_positions_the_queries_are_the_last():
+    query, key = torch.randn(BATCH, GROUPS, QUERIES, WIDTH), torch.randn(BATCH, 1, KEYS, WIDTH)
+    found = torch.ops.msa.select_blocks_at(query, key, None, KEYS, BLOCK, TOPK, 2)
+    assert torch.equal(found, reference.select_blocks(query, key, block_size=BLOCK, topk=TOPK, local_blocks=2))
+
+
+@pytest.mark.parametrize(("keys", "first"), [(KEYS - 1, 0), (KEYS, KEYS - QUERIES + 1), (KEYS, -1)])
+def test_index_keys_of_another_length_and_places_that_are_no_slot_are_refused(keys: int, first: int) -> None:
+    query, key = torch.zeros(BATCH, GROUPS, QUERIES, WIDTH), torch.zeros(BATCH, 1, KEYS, WIDTH)
+    places = torch.arange(first, first + QUERIES).expand(1, -1)
+    with pytest.raises(KernelArgumentError, match="found"):
+        torch.ops.msa.select_blocks_at(query, key, places, keys, BLOCK, TOPK, 1)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("kind", ["none", "padding", "each query"])
+def test_a_query_sees_nothing_where_no_key_of_its_blocks_is_visible(kind: str, is_causal: bool) -> None:
+    generator, keys = torch.Generator().manual_seed(0), KEYS - 2  # the last block is not full
+    ids = torch.randint(-1, KEYS // BLOCK, (BATCH, GROUPS, QUERIES, TOPK), generator=generator, dtype=torch.int32)
+    rows = QUERIES if kind == "each query" else 1
+    mask = None if kind == "none" else torch.rand(BATCH, 1, rows, keys, generator=generator) > 0.9
+    places = torch.arange(keys - QUERIES, keys)
+    seen = torch.ones(BATCH, 1, QUERIES, keys, dtype=torch.bool) if mask is None else mask
+    seen = seen & (torch.arange(keys) <= places[:, None]) if is_causal else seen
+    in_blocks = (ids[..., None] == torch.arange(keys) // BLOCK).any(-2)
+    found = torch.ops.msa.sees_nothing(ids, mask, keys, BLOCK, is_causal)
+    assert torch.equal(found, ~(in_blocks & seen).any(-1, keepdim=True))
+    assert kind == "none" or found.any()

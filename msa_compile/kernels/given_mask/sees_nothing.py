@@ -15,8 +15,7 @@ def sees_nothing(block_ids: Tensor, mask: Tensor | None, key_length: int, block_
 
     Args:
         block_ids: `[B, Hkv, Tq, topk]` int32, -1 where there is none.
-        mask: bool `[B or 1, 1, Tq or 1, Tk]`, True where a key is seen, one row for all queries with `is_causal`; all
-            are seen without one.
+        mask: bool `[B or 1, 1, Tq or 1, Tk]`, True where a key is seen; all are without one.
         key_length: `Tk`.
         block_size: Slots a block.
         is_causal: Whether the queries stand at the last slots, and see none behind their own.
