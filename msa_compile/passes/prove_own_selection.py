@@ -18,7 +18,7 @@ from msa_compile.passes.attention import Attention, Refused
 from msa_compile.passes.find_own_selection import OwnSelection
 from msa_compile.passes.graph_facts import GraphFacts, argument, is_op, tensor_value
 from msa_compile.passes.replay import ReplayError, bind, expression, is_runnable, replay
-from msa_compile.passes.run_own_selection import Trial, concrete_shape, is_rule, refused, trials_of
+from msa_compile.passes.run_own_selection import Trial, concrete_shape, is_rule, refused, tied_sizes, trials_of
 
 aten = torch.ops.aten
 _FAR = 2**40  # a length beyond every budget
@@ -98,26 +98,42 @@ class SelectionProver:
         )
 
     def _pieces(self, attention: Attention, own: OwnSelection) -> list[Node]:
-        """All that the mask is made from, back to the scores and to what else hides keys, in order."""
+        """The tensors that the mask is made from, back to the scores and to what else hides keys, in order."""
         stops = (own.scores, own.seen)
         inner, boundary = self._facts.makers(own.term.node, attention.output, stop=lambda node: node in stops)
-        return self._facts.ordered(inner | boundary)
+        return [node for node in self._facts.ordered(inner | boundary) if not _is_size(node)]
 
 
 def _spelling(attention: Attention, own: OwnSelection, nodes: list[Node]) -> tuple[str, ...]:
     """The same for two selections that differ in nothing but what they are given."""
     numbers = {node: number for number, node in enumerate(nodes)}
+    tied = tied_sizes(own)
+
+    def shape_of(value: object) -> str:
+        if isinstance(value, torch.Tensor):
+            return f"{value.dtype} {[expression(size).xreplace(tied) for size in value.shape]}"
+        if isinstance(value, (list, tuple)):
+            return str([shape_of(entry) for entry in value])
+        return str(expression(value).xreplace(tied)) if isinstance(value, torch.SymInt) else str(value)
+
+    def name_of(source: Node) -> str:
+        # A size is what it is, and may be made at another place for another layer.
+        return shape_of(source.meta["val"]) if _is_size(source) else f"%{numbers.get(source, source)}"
+
     roles = [own.kept, own.seen, own.scores, own.best, own.term.node]
     head = f"{attention.form} {attention.sinks is None} {own.term.kind} {[numbers[node] for node in roles]}"
     lines = [head]
     for node in nodes:
         value = node.meta.get("val")
-        shape = (value.dtype, *value.shape) if isinstance(value, torch.Tensor) else value
-        given = map_arg((node.args, node.kwargs), lambda source: f"%{numbers.get(source, source)}")  # type: ignore[arg-type,return-value]
-        # A size is what it is, and what is given is anything of its shape.
-        is_open = node in (own.scores, own.seen) or node.op == "placeholder" or isinstance(value, torch.SymInt)
-        lines.append(f"{'' if is_open else f'{node.target} {given}'} {shape}")
+        given = map_arg((node.args, node.kwargs), name_of)  # type: ignore[arg-type]
+        # What is given is anything of its shape.
+        is_open = node in (own.scores, own.seen) or node.op == "placeholder"
+        lines.append(f"{'' if is_open else f'{node.target} {given}'} {shape_of(value)}")
     return tuple(lines)
+
+
+def _is_size(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), (int, torch.SymInt))
 
 
 def _prove(facts: GraphFacts, attention: Attention, own: OwnSelection, nodes: list[Node]) -> _Rule:
@@ -149,7 +165,8 @@ def _find_positions(facts: GraphFacts, own: OwnSelection, topk: int, trials: lis
     inner, boundary = facts.makers(own.kept, own.kept, stop=lambda node: node is own.scores)
     _check_steps(inner, own, topk, trials)
     queries = expression(own.scores.meta["val"].shape[2])
-    for node in facts.ordered(inner | boundary):
+    # The last that will do: what comes before may have other values, and be brought into the bounds of the keys.
+    for node in reversed(facts.ordered(inner | boundary)):
         value = tensor_value(node)
         is_row = value is not None and value.dtype == torch.int64 and value.dim() in (1, 2)
         if not is_row or expression(value.shape[-1]) != queries:  # type: ignore[union-attr]

@@ -24,6 +24,7 @@ from msa_compile.records import Reason
 
 _LARGEST_RUN = 2**26  # scores of one run
 _LARGEST_SUM = 2**27  # scores of all runs of a site
+_MOST_SIZES = 20
 # What the scores of a run look like. The rule hangs on their order alone, and so must what a model does with them: a
 # bound, a threshold or a number that stands for a hidden score shows where scores are large, small or all below zero.
 _LOOKS: tuple[Callable[[Tensor], Tensor], ...] = (
@@ -57,7 +58,7 @@ def trials_of(own: OwnSelection, topk: int) -> Iterator[Trial]:
     tensors = (own.scores, own.kept, own.seen, own.term.node)
     symbols = symbols_of(set(tensors))
     rows = set().union(*(expression(node.meta["val"].shape[0]).free_symbols for node in tensors))
-    tied = _tied(expression(shape[3]) - expression(kept[3]), symbols)
+    tied = tied_sizes(own)
     lengths = symbols - (rows - expression(shape[2]).free_symbols - expression(shape[3]).free_symbols) - set(tied)
     space = SizeSpace(size for size in (*shape, *kept) if isinstance(size, torch.SymInt))
     block, budget = own.block_size, own.block_size * topk
@@ -65,7 +66,7 @@ def trials_of(own: OwnSelection, topk: int) -> Iterator[Trial]:
     pool = sorted({size - less for size in wanted for less in (0, 1) if size - less > 1})
     generator = torch.Generator().manual_seed(0)
     left, longest, number = _LARGEST_SUM, 0, 0
-    for chosen in space.spread(lengths, pool, limit=64):
+    for chosen in space.spread(lengths, pool, limit=_MOST_SIZES):
         sizes = {**dict.fromkeys(symbols - lengths, 2), **chosen}
         sizes |= {symbol: int(bind(size, sizes)) for symbol, size in tied.items()}
         batch, heads, queries, keys = (concrete(size, sizes) for size in shape)
@@ -75,7 +76,8 @@ def trials_of(own: OwnSelection, topk: int) -> Iterator[Trial]:
             continue
         left, longest = left - cost, max(longest, keys)
         last = torch.arange(keys - queries, keys).expand(batch, -1).contiguous()
-        for positions in (last, torch.randint(keys, (batch, queries), generator=generator)):
+        anywhere = torch.randint(-2, -(-keys // block) * block, (batch, queries), generator=generator)
+        for positions in (last, anywhere):
             scores = _LOOKS[number % len(_LOOKS)](torch.randn(batch, heads, queries, keys, generator=generator))
             number += 1
             yield Trial(sizes, scores.to(own.scores.meta["val"].dtype), positions)
@@ -89,13 +91,15 @@ def refused(why: str) -> Refused:
     return Refused(Reason.DATA_DEPENDENT_MASK, f"the model's own block selection: {why}")
 
 
-def _tied(difference: sympy.Expr, symbols: set[sympy.Symbol]) -> dict[sympy.Symbol, sympy.Expr]:
-    """The symbol that makes ``difference`` zero, and its value.
+def tied_sizes(own: OwnSelection) -> dict[sympy.Symbol, sympy.Expr]:
+    """The symbol that makes index keys as many as keys, and its value; empty where the graph knows that they are.
 
     Index keys that are cached apart from keys have a length of their own, which is the same in every call: the op
     checks it.
     """
-    for symbol in sorted(difference.free_symbols & symbols, key=str):
+    lengths = (expression(node.meta["val"].shape[3]) for node in (own.scores, own.kept))
+    difference = next(lengths) - next(lengths)
+    for symbol in sorted(difference.free_symbols, key=str):
         factor = difference.coeff(symbol)
         rest = sympy.expand(difference - factor * symbol)
         if factor in (1, -1) and symbol not in rest.free_symbols:
@@ -130,7 +134,11 @@ def _positions_like(node: Node, trial: Trial) -> Tensor:
 
 
 def _choose(scores: Tensor, positions: Tensor, block_size: int, topk: int, local_blocks: int) -> tuple[Tensor, Tensor]:
-    """The rule: which keys are in a chosen block ``[B, H, Tq, Tk]``, and in which rows it is decided ``[B, H, Tq]``."""
+    """The rule: which keys are in a chosen block ``[B, H, Tq, Tk]``, and in which rows it is decided ``[B, H, Tq]``.
+
+    A position below 0 counts as 0.
+    """
+    positions = positions.clamp(min=0)
     keys = scores.shape[-1]
     blocks = -(-keys // block_size)
     scores = scores.masked_fill(torch.arange(keys) > positions[:, None, :, None], -torch.inf)

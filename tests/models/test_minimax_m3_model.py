@@ -92,20 +92,24 @@ def pieces_agree(models: tuple[nn.Module, nn.Module], kind: str, lengths: tuple[
 
 
 # A first piece beyond the budget; steps into a new block; another piece, up to the end of a block; steps again.
-LONG = (27, *[1] * 6, 15, *[1] * 5)
+SHORT = (27, *[1] * 6)
+LONG = (*SHORT, 15, *[1] * 5)
+FROM_NOTHING = (5, *[1] * 40)
 
 
 @pytest.mark.parametrize("mask", [UNPADDED, RIGHT_PADDED], ids=["unpadded", "right"])
-def test_chunks_and_decoding_give_the_same_logits(models, mask: Tensor, ops: OpCalls) -> None:
+def test_decoding_gives_the_same_logits(models, mask: Tensor, ops: OpCalls) -> None:
     before = ops.attentions
-    pieces_agree(models, "dynamic", LONG, mask)
-    assert ops.attentions == before + LAYERS * len(LONG)
+    pieces_agree(models, "dynamic", SHORT, mask)
+    assert ops.attentions == before + LAYERS * len(SHORT)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", [UNPADDED, RIGHT_PADDED, LEFT_PADDED], ids=["unpadded", "right", "left"])
 @pytest.mark.parametrize(
-    ("kind", "lengths"), [("static", LONG), ("static", (5, *[1] * 40)), ("dynamic", (5, *[1] * 40))]
+    ("kind", "lengths"),
+    [("static", LONG), ("static", FROM_NOTHING), ("dynamic", LONG), ("dynamic", FROM_NOTHING)],
+    ids=["static", "static from nothing", "dynamic", "dynamic from nothing"],
 )
 def test_every_cache_gives_the_same_logits(models, kind: str, lengths: tuple[int, ...], mask: Tensor) -> None:
     pieces_agree(models, kind, lengths, mask)
@@ -162,6 +166,15 @@ def test_what_changes_indexers_and_budgets_leaves_its_own_alone(models, tmp_path
     assert all(torch.equal(tensor, before[name]) for name, tensor in ours.state_dict().items())
 
 
+@pytest.mark.slow
+def test_its_own_number_of_local_blocks_counts() -> None:
+    theirs = new_model(index_local_blocks=2)
+    ours = msa_compile.sparsify(copy.deepcopy(theirs), OURS, inner="eager")
+    places = torch.arange(LENGTH).expand(2, -1)
+    assert difference(feed(ours, IDS, UNPADDED, places), feed(theirs, IDS, UNPADDED, places)) < 1e-4
+    assert {site.indexer for site in msa_compile.explain(ours).sites} == {"own"}
+
+
 class OtherChoice(m3.MiniMaxM3VLIndexer):
     """Chooses the blocks before the best ones."""
 
@@ -169,9 +182,11 @@ class OtherChoice(m3.MiniMaxM3VLIndexer):
         return (super().forward(*args) - 1).clamp(min=-1)
 
 
-def test_another_rule_of_choosing_is_refused_with_a_reason() -> None:
-    model = new_model()
+@pytest.mark.slow
+@pytest.mark.parametrize("other", ["no local block", "blocks before"])
+def test_another_rule_of_choosing_is_refused_with_a_reason(other: str) -> None:
+    model = new_model(index_local_blocks=0 if other == "no local block" else 1)
     for layer in model.model.layers:
-        layer.self_attn.indexer.__class__ = OtherChoice
+        layer.self_attn.indexer.__class__ = OtherChoice if other == "blocks before" else m3.MiniMaxM3VLIndexer
     with pytest.raises(NothingToSparsifyError, match="data_dependent_mask: the model's own block selection: another"):
         msa_compile.sparsify(model, example_inputs={"input_ids": IDS, "attention_mask": UNPADDED})

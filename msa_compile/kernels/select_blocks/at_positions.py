@@ -27,6 +27,7 @@ def _run(
 ) -> Tensor:
     """Choose key blocks for queries at `positions`, `[B, Tq]` or `[1, Tq]` int64, by default the last slots.
 
+    A position below 0 counts as 0; one behind the last block is an error, which is seen on a CPU only.
     `key_length` is how many keys the attention has: index keys may be cached apart from them. The rest as in `op.py`.
     """
     batch, groups, queries, _ = index_query.shape
@@ -37,7 +38,7 @@ def _run(
     budget = {"block_size": block_size, "topk": topk, "local_blocks": local_blocks}
     if positions is None:
         return torch.ops.msa.select_blocks(index_query, index_key, **budget)  # type: ignore[no-any-return]
-    positions = positions.expand(batch, -1)
+    positions = positions.expand(batch, -1).clamp(min=0)
     chosen = index_query.new_empty((batch, groups, queries, topk), dtype=torch.int32)
     for start, end in _counting_up(positions, -(-key_length // block_size) * block_size):
         first = positions[:, start].contiguous()
@@ -50,11 +51,8 @@ def _run(
 def _counting_up(positions: Tensor, slots: int) -> list[tuple[int, int]]:
     """Runs of queries that stand one after the other in every row, as `(start, end)`."""
     queries = positions.shape[1]
-    if positions.device.type == "cpu" and positions.numel() and not 0 <= positions.min() <= positions.max() < slots:
-        raise KernelArgumentError(
-            f"positions: found {int(positions.min())} to {int(positions.max())}; legal are 0 to {slots - 1}, slots of "
-            "the keys' blocks"
-        )
+    if positions.device.type == "cpu" and positions.numel() and positions.max() >= slots:
+        raise KernelArgumentError(f"positions: found {int(positions.max())}; legal are integers below {slots}")
     # A decode step does not wait for the device.
     breaks = (positions.diff(dim=1) != 1).any(0).nonzero().flatten().add(1).tolist() if queries > 1 else []
     bounds = [0, *breaks, queries]
