@@ -123,7 +123,7 @@ def _with_averages(emit: Emitter, out: Node, value: Node, block_ids: Node, share
     length = emit(aten.sym_size.int, value, 2)
     bounds = (shared.get("mask"), length, shared["block_size"], shared.get("is_causal", True))
     blind = emit(torch.ops.msa.sees_nothing.default, block_ids, *bounds)
-    mean = emit(aten.mean.dim, value, [2], True)
+    mean = emit(torch.ops.msa.mean_if_any.default, value, blind)
     heads = out.meta["val"].shape[1] // value.meta["val"].shape[1]
     blind, mean = (emit(aten.repeat_interleave.self_int, node, heads, 1) for node in (blind, mean))
     return emit(aten.where.self, blind, mean, out)

@@ -43,19 +43,3 @@ def test_index_keys_of_another_length_and_places_that_are_no_slot_are_refused(ke
     places = torch.arange(first, first + QUERIES).expand(1, -1)
     with pytest.raises(KernelArgumentError, match="found"):
         torch.ops.msa.select_blocks_at(query, key, places, keys, BLOCK, TOPK, 1)
-
-
-@pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("kind", ["none", "padding", "each query"])
-def test_a_query_sees_nothing_where_no_key_of_its_blocks_is_visible(kind: str, is_causal: bool) -> None:
-    generator, keys = torch.Generator().manual_seed(0), KEYS - 2  # the last block is not full
-    ids = torch.randint(-1, KEYS // BLOCK, (BATCH, GROUPS, QUERIES, TOPK), generator=generator, dtype=torch.int32)
-    rows = QUERIES if kind == "each query" else 1
-    mask = None if kind == "none" else torch.rand(BATCH, 1, rows, keys, generator=generator) > 0.9
-    places = torch.arange(keys - QUERIES, keys)
-    seen = torch.ones(BATCH, 1, QUERIES, keys, dtype=torch.bool) if mask is None else mask
-    seen = seen & (torch.arange(keys) <= places[:, None]) if is_causal else seen
-    in_blocks = (ids[..., None] == torch.arange(keys) // BLOCK).any(-2)
-    found = torch.ops.msa.sees_nothing(ids, mask, keys, BLOCK, is_causal)
-    assert torch.equal(found, ~(in_blocks & seen).any(-1, keepdim=True))
-    assert kind == "none" or found.any()

@@ -10,6 +10,8 @@ from tiny_attention import GROUPS, HEAD_DIM, WIDTH, capture, only, project, repe
 from torch import Tensor
 from torch.nn import functional as F
 
+from msa_compile.config import MSAConfig
+from msa_compile.passes.pipeline import run_passes
 from msa_compile.records import Reason
 from msa_compile.runtime import mark_dynamic
 
@@ -55,7 +57,7 @@ def attend(rule: Rule) -> Callable[[Tensor], Tensor]:
         best = rule.best(rule.pool(scores.view(batch, GROUPS, length, blocks, BLOCK)))
         if rule.local:
             local = (places // BLOCK)[:, None] - torch.arange(rule.local)
-            best = best.scatter(-1, local.clamp(min=0).expand(batch, GROUPS, -1, -1), torch.inf)
+            best.scatter_(-1, local.clamp(min=0).expand(batch, GROUPS, -1, -1), torch.inf)
         top = best.topk(rule.budget(blocks), dim=-1)
         ids = top.indices.masked_fill(top.values == -torch.inf, blocks)
         chosen = torch.zeros(batch, GROUPS, length, blocks + 1, dtype=torch.bool).scatter(-1, ids, True)
@@ -100,10 +102,13 @@ OTHER = {
 @pytest.mark.parametrize("name", SAME)
 def test_the_rule_of_msa_runs_on_the_ops_and_gives_the_same(name, sparse_calls):
     function = attend(SAME[name])
-    found = only(capture(function, tokens(2, 37)).found())
+    captured = capture(function, tokens(2, 37))
+    found = only(captured.found())
     selection = found.proved.selection
     assert (selection.block_size, selection.topk, selection.local_blocks) == (BLOCK, TOPK, SAME[name].local)
     assert (selection.positions is None) == (name != "places of its own"), "queries stand at the last keys"
+    rewritten = run_passes(captured.dynamo, MSAConfig(), {}).module.graph
+    assert not [node for node in rewritten.nodes if node.target is torch.ops.aten.topk.default], "its own is gone"
     fast = sparse(function)
     for length in LENGTHS:
         x = tokens(2, length)

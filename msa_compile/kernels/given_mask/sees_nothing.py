@@ -1,4 +1,8 @@
-"""The op `msa::sees_nothing`: which queries see no key at all in the blocks that they read."""
+"""Queries that see no key at all in the blocks that they read, and what a softmax over hidden scores gives them.
+
+`msa::sees_nothing` finds them. Where a model hides a key by adding one large negative number, the scores of such a
+query are all that number, and it gets the mean of all values: `msa::mean_if_any`, which reads them if there is one.
+"""
 
 from __future__ import annotations
 
@@ -42,3 +46,36 @@ def sees_nothing(block_ids: Tensor, mask: Tensor | None, key_length: int, block_
 @sees_nothing.register_fake
 def _(block_ids: Tensor, *rest: Any) -> Tensor:
     return block_ids.new_empty((*block_ids.shape[:3], 1), dtype=torch.bool)
+
+
+@torch.library.custom_op("msa::mean_if_any", mutates_args=())
+def mean_if_any(value: Tensor, wanted: Tensor) -> Tensor:
+    """Mean over all slots, if it is wanted anywhere; zeros otherwise.
+
+    Args:
+        value: `[B, Hkv, Tk, D]` floating point.
+        wanted: bool, any shape. The host waits for it, but while a CUDA graph is captured.
+
+    Returns:
+        `[B, Hkv, 1, D]`.
+    """
+    is_captured = value.is_cuda and torch.cuda.is_current_stream_capturing()
+    if is_captured or bool(wanted.any()):
+        return value.mean(2, keepdim=True)
+    return value.new_zeros((*value.shape[:2], 1, value.shape[3]))
+
+
+@mean_if_any.register_fake
+def _(value: Tensor, wanted: Tensor) -> Tensor:
+    return value.new_empty((*value.shape[:2], 1, value.shape[3]))
+
+
+def _keep_length(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.length = inputs[0].shape[2]
+
+
+def _mean_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    return (gradient / ctx.length).expand(-1, -1, ctx.length, -1), None
+
+
+mean_if_any.register_autograd(_mean_backward, setup_context=_keep_length)
