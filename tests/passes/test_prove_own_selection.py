@@ -117,6 +117,18 @@ def test_the_rule_of_msa_runs_on_the_ops_and_gives_the_same(name, sparse_calls):
     assert sparse_calls
 
 
+def test_gradients_are_those_of_the_model(sparse_calls):
+    function = attend(Rule())
+    fast = sparse(function, inner="aot_eager")
+    found, expected = [], []
+    for gradients, run in ((found, fast), (expected, function)):
+        x = tokens(2, 37).requires_grad_()
+        run(x).square().sum().backward()
+        gradients.append(x.grad)
+    assert sparse_calls
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", OTHER)
 def test_another_rule_is_refused_and_the_graph_is_as_it_was(name):
     # `capture` runs the graph after detection, and compares.
