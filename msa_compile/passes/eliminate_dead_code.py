@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import operator
 
+import torch
 from torch.fx import Graph, Node
 
 from msa_compile._compat import OpOverload, flex_attention
-from msa_compile.passes.graph_facts import LOSS
+from msa_compile.passes.graph_facts import LOSS, is_op
 
 
 def eliminate_dead_code(graph: Graph) -> int:
@@ -60,6 +61,8 @@ def _is_pure(node: Node) -> bool:
         return True
     if node.op != "call_function":
         return False
+    if is_op(node, torch.ops.aten.scaled_dot_product_attention):
+        return True  # it is called random for its dropout, and one that was replaced has none
     if isinstance(node.target, OpOverload):
         return not node.target._schema.is_mutable and not node.is_impure()
     return node.target in (operator.getitem, flex_attention) or getattr(node.target, "__module__", "") == "_operator"

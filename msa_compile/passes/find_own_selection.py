@@ -127,7 +127,7 @@ def _seen(inner: set[Node], kept: Node) -> Node:
         if len(users) != 1:
             raise _refused(f"{kept} is read in several ways")
         if is_op(users[0], *_AND):
-            seen = next(entry for entry in users[0].args if entry is not node)
+            seen = next((entry for entry in users[0].args if entry is not node), None)
             value = tensor_value(seen)
             if not isinstance(seen, Node) or value is None or value.dtype != torch.bool or value.dim() > 4:
                 raise _refused("what else hides keys is no mask")

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import sympy
 import torch
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from msa_compile.passes.attention import Attention, Refused
 from msa_compile.passes.find_own_selection import OwnSelection
 from msa_compile.passes.graph_facts import GraphFacts, argument, is_op, tensor_value
 from msa_compile.passes.replay import ReplayError, bind, expression, is_runnable, replay
-from msa_compile.passes.run_own_selection import Trial, concrete_shape, is_rule, refused, tied_sizes, trials_of
+from msa_compile.passes.run_own_selection import Trial, concrete_shape, is_rule, refused, trials_of
+from msa_compile.passes.spell_own_selection import is_size, spell_own_selection
 
 aten = torch.ops.aten
 _FAR = 2**40  # a length beyond every budget
@@ -80,7 +80,7 @@ class SelectionProver:
             Refused: It follows another rule, or could not be run.
         """
         nodes = self._pieces(attention, own)
-        spelling = _spelling(attention, own, nodes)
+        spelling = spell_own_selection(attention, own, nodes)
         if spelling not in self._known:
             try:
                 self._known[spelling] = _prove(self._facts, attention, own, nodes)
@@ -101,39 +101,7 @@ class SelectionProver:
         """The tensors that the mask is made from, back to the scores and to what else hides keys, in order."""
         stops = (own.scores, own.seen)
         inner, boundary = self._facts.makers(own.term.node, attention.output, stop=lambda node: node in stops)
-        return [node for node in self._facts.ordered(inner | boundary) if not _is_size(node)]
-
-
-def _spelling(attention: Attention, own: OwnSelection, nodes: list[Node]) -> tuple[str, ...]:
-    """The same for two selections that differ in nothing but what they are given."""
-    numbers = {node: number for number, node in enumerate(nodes)}
-    tied = tied_sizes(own)
-
-    def shape_of(value: object) -> str:
-        if isinstance(value, torch.Tensor):
-            return f"{value.dtype} {[expression(size).xreplace(tied) for size in value.shape]}"
-        if isinstance(value, (list, tuple)):
-            return str([shape_of(entry) for entry in value])
-        return str(expression(value).xreplace(tied)) if isinstance(value, torch.SymInt) else str(value)
-
-    def name_of(source: Node) -> str:
-        # A size is what it is, and may be made at another place for another layer.
-        return shape_of(source.meta["val"]) if _is_size(source) else f"%{numbers.get(source, source)}"
-
-    roles = [own.kept, own.seen, own.scores, own.best, own.term.node]
-    head = f"{attention.form} {attention.sinks is None} {own.term.kind} {[numbers[node] for node in roles]}"
-    lines = [head]
-    for node in nodes:
-        value = node.meta.get("val")
-        given = map_arg((node.args, node.kwargs), name_of)  # type: ignore[arg-type]
-        # What is given is anything of its shape.
-        is_open = node in (own.scores, own.seen) or node.op == "placeholder"
-        lines.append(f"{'' if is_open else f'{node.target} {given}'} {shape_of(value)}")
-    return tuple(lines)
-
-
-def _is_size(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), (int, torch.SymInt))
+        return [node for node in self._facts.ordered(inner | boundary) if not is_size(node)]
 
 
 def _prove(facts: GraphFacts, attention: Attention, own: OwnSelection, nodes: list[Node]) -> _Rule:

@@ -116,6 +116,19 @@ def test_every_cache_gives_the_same_logits(models, kind: str, lengths: tuple[int
 
 
 @pytest.mark.slow
+def test_positions_that_the_model_makes_itself_need_not_be_read(models) -> None:
+    caches = [transformers.DynamicCache(config=models[0].config) for _ in models]
+    start = 0
+    for length in SHORT:
+        ids = IDS[:, start : start + length].contiguous()
+        pairs = zip(models, caches, strict=True)
+        expected, found = (model(input_ids=ids, past_key_values=cache).logits for model, cache in pairs)
+        assert difference(found, expected) < 1e-4
+        start += length
+    assert {site.indexer for site in msa_compile.explain(models[1]).sites} == {"own"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [UNPADDED, LEFT_PADDED], ids=["unpadded", "left"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generate_gives_the_same_tokens(models, cache: str, mask: Tensor) -> None:
@@ -149,10 +162,13 @@ def test_the_report_says_whose_budget_counts(models) -> None:
     assert "MSA is an approximation" not in text
 
 
+@pytest.mark.slow
 def test_what_changes_indexers_and_budgets_leaves_its_own_alone(models, tmp_path: Path) -> None:
     _, ours = models
     before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
     batches = [{"input_ids": IDS, "attention_mask": UNPADDED}]
+    total = msa_compile.evaluate(ours, batches, progress=False).total
+    assert abs(total.sparse_nll - total.dense_nll) < 1e-5
     with pytest.raises(EvaluateArgumentError, match="2 sites keep the model's own indexer and budget"):
         msa_compile.fit_budget(ours, batches, max_nll_increase=0.1, progress=False)
     with torch.enable_grad(), pytest.raises(NothingToCalibrateError, match="own indexer: the model's own 3 blocks"):

@@ -71,6 +71,10 @@ def attend(rule: Rule) -> Callable[[Tensor], Tensor]:
     return function
 
 
+QUICK = {
+    *("as it is", "two local blocks", "places of its own"),
+    *("no local block", "another scale", "scores cut off", "the first block forced", "a budget that grows"),
+}
 SAME = {
     "as it is": Rule(),
     "hidden by minus infinity": Rule(hides_by=-torch.inf),
@@ -99,7 +103,11 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("name", SAME)
+def names_of(rules: dict[str, Rule]) -> list[Any]:
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in rules]
+
+
+@pytest.mark.parametrize("name", names_of(SAME))
 def test_the_rule_of_msa_runs_on_the_ops_and_gives_the_same(name, sparse_calls):
     function = attend(SAME[name])
     captured = capture(function, tokens(2, 37))
@@ -117,6 +125,7 @@ def test_the_rule_of_msa_runs_on_the_ops_and_gives_the_same(name, sparse_calls):
     assert sparse_calls
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_model(sparse_calls):
     function = attend(Rule())
     fast = sparse(function, inner="aot_eager")
@@ -129,7 +138,7 @@ def test_gradients_are_those_of_the_model(sparse_calls):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize("name", names_of(OTHER))
 def test_another_rule_is_refused_and_the_graph_is_as_it_was(name):
     # `capture` runs the graph after detection, and compares.
     found = only(capture(attend(OTHER[name]), tokens(2, 37)).found())
