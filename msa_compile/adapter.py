@@ -61,7 +61,10 @@ def write_adapter(
     """
     branches = _branches(model)
     if not branches:
-        raise AdapterError("the model has no index branch to save: it selects by keys, which have no parameters")
+        raise AdapterError(
+            "the model has no index branch to save: it selects by keys, which have no parameters, or by an indexer of "
+            "its own, which is part of its base"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {

@@ -112,7 +112,7 @@ def calibrate(
         with quiet(model):
             feed = make_feed(model, data, max_length)
             example = feed.first()
-            branches, keeper = _prepare(model, door, example)
+            branches, keeper, kept_own = _prepare(model, door, example)
         try:
             said = {
                 "steps": steps,
@@ -147,7 +147,8 @@ def calibrate(
             keeper.undo()
             raise
         sites = _decide(model, door, example, branches, trained, bars)
-        result = _result(door, sites, trained, stage, learning_rate, bars, feed.notes, steps)
+        notes = (*kept_own, *feed.notes)
+        result = _result(door, sites, trained, stage, learning_rate, bars, notes, steps)
         if isinstance(feed, Batches):
             result = _with_nll(model, door, result, feed)
     door.calibrated = result.headline
@@ -220,8 +221,12 @@ def index_loss(model: nn.Module) -> Tensor:
     return torch.stack(list(losses.values())).sum()
 
 
-def _prepare(model: nn.Module, door: SparseDoor, call: Call) -> tuple[dict[str, IndexBranch], _Keeper]:
-    """Find the sites, give each a branch, and put all branches to use in a precision to learn in."""
+def _prepare(model: nn.Module, door: SparseDoor, call: Call) -> tuple[dict[str, IndexBranch], _Keeper, tuple[str, ...]]:
+    """Find the sites, give each a branch, and put all branches to use in a precision to learn in.
+
+    Returns:
+        The branches, what was before, and a note of sites that have an indexer of their own.
+    """
     if not door.discovery.records:
         door.before_call(call.args, dict(call.kwargs))
     if not door.discovery.records:
@@ -250,7 +255,8 @@ def _prepare(model: nn.Module, door: SparseDoor, call: Call) -> tuple[dict[str, 
     for branch in branches.values():
         branch.to(torch.promote_types(branch.q_proj.weight.dtype, torch.float32)).requires_grad_(True)
         branch.is_forced = True
-    return branches, keeper
+    own = sorted({site.name for site in found.sites if site.indexer == "own"})
+    return branches, keeper, (f"the model's own indexer stays as it is at {', '.join(own)}",) if own else ()
 
 
 def _discovery(model: nn.Module, door: SparseDoor, call: Call, config: MSAConfig) -> Discovery:

@@ -118,7 +118,7 @@ class ExportCacheError(MSAError, ValueError):
 
 
 class ExportIndexerError(MSAError, ValueError):
-    """Raised when a site selects by a learned indexer in the model and would select by the keys in an artifact."""
+    """Raised when a site selects by an indexer in the model, and an artifact cannot, or would select by the keys."""
 
 
 class ExportMemoryError(MSAError, ValueError):

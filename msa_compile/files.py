@@ -111,7 +111,8 @@ def export(
         ExampleInputsError: Inputs that do not fit, or lie outside the range of an open size.
         CaptureError, ExportNotSparseError: The model cannot be captured, or not all of its sparse sites.
         ExportConverterError: TensorRT has nothing for an operation of the model.
-        ExportIndexerError: A site selects by a learned indexer, and could only select by the keys in the artifact.
+        ExportIndexerError: A site selects by a learned indexer, and could only select by the keys in the artifact, or
+            by an indexer of the model's own.
         ExportMemoryError: The longest call would make a tensor of ``Tq x Tk``, or one above the bound.
         ExportMismatchError, ExportWriteError: The artifact is wrong, or cannot be written.
     """

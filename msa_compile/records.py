@@ -91,10 +91,12 @@ class Site:
         decision: ``"sparse"`` or ``"dense"``.
         reason: Why it is dense; ``None`` when sparse.
         detail: What was found at this site, for a human.
-        indexer: The indexer in use, ``"learned"`` or ``"keys"``; ``None`` when dense.
+        indexer: The indexer in use, ``"learned"``, ``"keys"``, or ``"own"`` where the model selects blocks itself;
+            ``None`` when dense.
         graph: Ordinals of the captured graphs that hold this row.
         dense_below: Which of its calls run dense all the same; ``None`` when the site is dense.
         hidden_size: Width of the hidden state that a learned indexer reads; 0 where the site has none.
+        own_budget: ``block_size`` and ``topk_blocks`` of the model itself, which count instead of the configuration's.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Site:
     graph: tuple[int, ...] = (0,)
     dense_below: DenseBelow | None = None
     hidden_size: int = 0
+    own_budget: tuple[int, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The row as plain Python values, ready for JSON."""

@@ -87,7 +87,8 @@ class Report:
 
     def _headline(self) -> str:
         state = "sparsified" if self.sparsified else "not sparsified, nothing was changed"
-        own = sum(self.config.for_site(site.name).topk_blocks != self.config.topk_blocks for site in self.sparse)
+        common = self.config.topk_blocks
+        own = sum(bool(row.own_budget) or self.config.for_site(row.name).topk_blocks != common for row in self.sparse)
         budget = f"{self.config.topk_blocks} blocks of {self.config.block_size} keys"
         budget += f" ({own} rows with a budget of their own)" if own else ""
         return (
@@ -111,6 +112,10 @@ class Report:
     def _indexers(self) -> list[str]:
         learned = sum(site.indexer == "learned" for site in self.sparse)
         said = [f"  {self.calibrated}"] if self.calibrated else []
+        if own := sum(site.indexer == "own" for site in self.sparse):
+            said.append(
+                f"  {own} of {len(self.sparse)} sparse rows select by the model's own indexer, as it does itself"
+            )
         if not learned:
             return said
         missed = f", {self.missed_selections} selections of theirs by keys" if self.missed_selections else ""
@@ -123,7 +128,7 @@ class Report:
             ratio = before / after if after else 1.0
             name = f"{length // 1024}K" if length < 2**20 else f"{length // 2**20}M"
             lines.append(f"  {name:>5} tokens  {before:9.2e} -> {after:9.2e}  {ratio:5.1f}x")
-        if self.sparse:
+        if any(site.indexer != "own" for site in self.sparse):
             unknown = "not evaluated on your data yet: MSA is an approximation of dense attention beyond the budget"
             lines.append(f"  {self.evaluated or unknown}")
         return lines
@@ -137,7 +142,8 @@ def site_flops(site: Site, config: MSAConfig, length: int) -> tuple[int, int]:
     longest_dense = site.dense_below.keys if site.dense_below else config.resolved_dense_below()
     if site.decision == "dense" or length <= longest_dense:
         return dense, dense
-    budget = config.topk_blocks * config.block_size
+    block_size, blocks = site.own_budget or (config.block_size, config.topk_blocks)
+    budget = blocks * block_size
     return dense, site.key_value_heads * site.head_dim * length**2 + 4 * width * length * min(budget, length)
 
 
@@ -180,7 +186,7 @@ _COLUMNS = ("site", "source", "form", "Hq/Hkv/D", "mask", "decision", "why")
 def _cells(site: Site, config: MSAConfig, calibration: str = "") -> tuple[str, ...]:
     why = site.detail if site.reason is None else f"{site.reason.value}: {site.detail}"
     own = config.for_site(site.name).topk_blocks
-    if site.decision == "sparse" and own != config.topk_blocks:
+    if site.decision == "sparse" and own != config.topk_blocks and site.own_budget is None:
         why += f"; {own} blocks"
     why += f"; {calibration}" if calibration else ""
     heads = f"{site.query_heads}/{site.key_value_heads or '?'}/{site.head_dim}"

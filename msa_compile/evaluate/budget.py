@@ -163,7 +163,11 @@ def fit(
         with task.trying():
             before = task.pair.dense_calls()
             model(*kept[0].args, **kept[0].kwargs)
-            layers = _layers(task.sites())
+            sites = [site for site in task.sites() if site.own_budget is None]
+            kept_own = sorted({site.name for site in task.sites()} - {site.name for site in sites})
+            if not sites:
+                raise EvaluateArgumentError(f"nothing to fit: {_kept_own(kept_own)}")
+            layers = _layers(sites)
             steps = len(layers) * len(ladder)
             # The most there may be: layers that fail early need fewer.
             most = steps + len(ladder) + steps.bit_length()
@@ -196,10 +200,12 @@ def fit(
     ]
     frontier = tuple(sorted(search.frontier, key=lambda point: -point.keys_read))
     budgets = dict(zip((layer.name for layer in layers), best.topk_blocks, strict=True))
-    fitted = config_for(config, budgets, task.sites())
-    warning = f"WARNING: {dense_calls} calls of sparse sites ran DENSE meanwhile, so that the budgets are too small"
+    notes = [_kept_own(kept_own)] if kept_own else []
+    if dense_calls:
+        warning = f"WARNING: {dense_calls} calls of sparse sites ran DENSE meanwhile, so that the budgets are too small"
+        notes.append(warning)
     return BudgetFit(
-        config=fitted,
+        config=config_for(config, budgets, sites),
         layers=tuple(found),
         frontier=frontier,
         nll_increase=best.nll_increase,
@@ -207,8 +213,13 @@ def fit(
         dense_nll=dense_nll,
         tokens=tokens,
         longest=longest,
-        notes=(warning,) if dense_calls else (),
+        notes=tuple(notes),
     )
+
+
+def _kept_own(names: Sequence[str]) -> str:
+    shown = f"{', '.join(name or '<root>' for name in names[:3])}{', ...' if len(names) > 3 else ''}"
+    return f"{len(names)} sites keep the model's own indexer and budget ({shown})"
 
 
 def config_for(config: MSAConfig, budgets: Budgets, sites: Iterable[Site]) -> MSAConfig:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from msa_compile.config import MSAConfig
-from msa_compile.errors import ExportFormatError, MissingPackageError
+from msa_compile.errors import ExportFormatError, ExportIndexerError, MissingPackageError
 from msa_compile.export.capture import capture, check_examples
 from msa_compile.export.engine.require import require_tensorrt
 from msa_compile.export.engine.write_engine import write_engine
@@ -41,6 +41,7 @@ def export_model(request: Request, path: Path, format: str | None) -> ExportResu
     if request.cache not in CACHES:
         raise ExportFormatError(f"cache={request.cache!r}; choose one of {', '.join(map(repr, CACHES))}")
     _check_packages(format)
+    _check_indexers(request)
     call = plan_call(request)
     check_examples(call)
     expected = {site.name for site in request.sites if site.decision == "sparse"}
@@ -63,6 +64,17 @@ def export_model(request: Request, path: Path, format: str | None) -> ExportResu
         checks=written.checks,
         not_checked=written.not_checked,
     )
+
+
+def _check_indexers(request: Request) -> None:
+    own = sorted({site.name for site in request.sites if site.indexer == "own"})
+    if own:
+        raise ExportIndexerError(
+            f"{len(own)} sites select by the model's own indexer, which no artifact can hold yet:\n"
+            + "\n".join(f"  {name or '<root>'}" for name in own)
+            + "\nNothing was written. What export makes of other sites goes through where these are left out with "
+            "MSAConfig(exclude=...), and are as the model has them."
+        )
 
 
 def _format_of(path: Path, format: str | None) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import Graph, Node
 
-from msa_compile.passes.attention import Attention, Heads, MaskProof, OutputLayout, Refused
+from msa_compile.passes.attention import Attention, Heads, MaskProof, MaskTerm, OutputLayout, Refused
 from msa_compile.passes.check_projections import check_projections
+from msa_compile.passes.find_own_selection import find_own_selection
 from msa_compile.passes.graph_facts import GraphFacts
 from msa_compile.passes.keep_subclasses import is_kept_attention
 from msa_compile.passes.match_flex_attention import is_flex_attention, match_flex_attention
@@ -17,6 +18,7 @@ from msa_compile.passes.match_sdpa import is_sdpa, match_sdpa
 from msa_compile.passes.match_softmax_chain import is_softmax, match_softmax_chain
 from msa_compile.passes.prove_heads import prove_heads
 from msa_compile.passes.prove_mask import prove_mask
+from msa_compile.passes.prove_own_selection import SelectionProof, SelectionProver
 from msa_compile.passes.prove_products import prove_products
 from msa_compile.records import Reason
 
@@ -25,7 +27,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Proved:
-    """Everything about one attention that the rewrite needs, proved."""
+    """Everything about one attention that the rewrite needs, proved.
+
+    Attributes:
+        attention: The attention; without the mask of its own block selection, where it has one.
+        query, key, value: Its operands, keys and values un-repeated.
+        output: The layout of its result.
+        mask: What hides scores.
+        selection: The block selection that the model has of its own.
+    """
 
     attention: Attention
     query: Heads
@@ -33,6 +43,7 @@ class Proved:
     value: Heads
     output: OutputLayout
     mask: MaskProof
+    selection: SelectionProof | None = None
 
 
 @dataclass(frozen=True)
@@ -64,17 +75,18 @@ class Found:
 def detect_attention(graph: Graph) -> list[Found]:
     """Every attention of ``graph``, in order; a second one of the same module is named ``"path:1"``."""
     facts = GraphFacts(graph)
+    prover = SelectionProver(facts)
     found: list[Found] = []
     seen: dict[str, int] = {}
     for node in graph.nodes:
-        entry = _detect(facts, node, seen)
+        entry = _detect(facts, prover, node, seen)
         if entry is not None:
             found.append(entry)
             log.debug("%s at %s: %s", entry.form, entry.name, entry.reason or entry.proved)
     return found
 
 
-def _detect(facts: GraphFacts, node: Node, seen: dict[str, int]) -> Found | None:
+def _detect(facts: GraphFacts, prover: SelectionProver, node: Node, seen: dict[str, int]) -> Found | None:
     attention: Attention | None = None
     form = "sdpa" if is_sdpa(node) else "flex" if is_flex_attention(node) else "eager"
     heads = (0, 0, 0)
@@ -95,8 +107,12 @@ def _detect(facts: GraphFacts, node: Node, seen: dict[str, int]) -> Found | None
         form = f"{attention.form}/{key.spelling}"
         check_projections(facts, attention, key.node)
         _check_dims(query, key, value)
+        own = find_own_selection(facts, attention, key.count)
+        selection = None if own is None else prover.prove(attention, own)
+        if own is not None:
+            attention = replace(attention, mask=(MaskTerm(own.seen, "visible"),))
         mask = prove_mask(facts, attention, query, key)
-        proved = Proved(attention, query, key, value, output, mask)
+        proved = Proved(attention, query, key, value, output, mask, selection)
     except Refused as refusal:
         return _found(node, seen, form, heads, None, refusal.reason, refusal.detail)
     return _found(node, seen, form, heads, proved, None, proved.mask.detail)

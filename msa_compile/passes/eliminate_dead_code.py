@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import operator
 
+import torch
 from torch.fx import Graph, Node
 
 from msa_compile._compat import OpOverload, flex_attention
-from msa_compile.passes.graph_facts import LOSS
+from msa_compile.passes.graph_facts import LOSS, is_op
 
 
 def eliminate_dead_code(graph: Graph) -> int:
@@ -18,7 +19,8 @@ def eliminate_dead_code(graph: Graph) -> int:
     """
     removed = 0
     for node in reversed(list(graph.nodes)):
-        if not node.users and _is_pure(node) and LOSS not in node.meta:
+        pure = _is_pure(node) or _is_write_that_nobody_reads(node)
+        if not node.users and pure and LOSS not in node.meta:
             graph.erase_node(node)
             removed += 1
     return removed
@@ -37,11 +39,30 @@ def is_used(node: Node) -> bool:
     return False
 
 
+def _is_write_that_nobody_reads(node: Node) -> bool:
+    """Whether an in-place call changes nothing but a tensor that this graph made, and that has no other reader."""
+    if not isinstance(node.target, OpOverload) or node.target.namespace != "aten" or not node.args:
+        return False
+    written = [entry for entry in node.target._schema.arguments if entry.alias_info and entry.alias_info.is_write]
+    source = node.args[0]
+    return (
+        written == node.target._schema.arguments[:1]
+        and isinstance(source, Node)
+        and list(source.users) == [node]
+        and _is_pure(source)
+        and source.op == "call_function"
+        and isinstance(source.target, OpOverload)
+        and not any(entry.alias_info for entry in source.target._schema.returns)
+    )
+
+
 def _is_pure(node: Node) -> bool:
     if node.op == "get_attr":
         return True
     if node.op != "call_function":
         return False
+    if is_op(node, torch.ops.aten.scaled_dot_product_attention):
+        return True  # it is called random for its dropout, and one that was replaced has none
     if isinstance(node.target, OpOverload):
         return not node.target._schema.is_mutable and not node.is_impure()
     return node.target in (operator.getitem, flex_attention) or getattr(node.target, "__module__", "") == "_operator"

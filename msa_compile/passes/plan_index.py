@@ -63,7 +63,7 @@ def plan_indexers(
     for found, site in plans:
         given = weights.get(site.name, ())
         assert isinstance(given, (list, tuple)), "the weights of a marker are a list"
-        if site.decision == "dense" or not (given or config.indexer == "learned"):
+        if site.indexer != "keys" or not (given or config.indexer == "learned"):
             decided.append((found, site, None))
             continue
         try:

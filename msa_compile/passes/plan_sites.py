@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from msa_compile.config import MSAConfig
 from msa_compile.passes.choose_dense_below import choose_dense_below
-from msa_compile.passes.detect_attention import Found
-from msa_compile.records import Reason, Site
+from msa_compile.passes.detect_attention import Found, Proved
+from msa_compile.records import DenseBelow, Reason, Site
 
 
 def plan_sites(
@@ -38,6 +38,10 @@ def _decide(entry: Found, config: MSAConfig, windows: dict[str, int], measure: b
             reason, detail = Reason.SLIDING_WINDOW, f"each query sees the last {windows[entry.name]} keys"
     if not config.matches(entry.name):
         reason, detail = Reason.EXCLUDED, "left out by include/exclude"
+    own = None if entry.proved is None else entry.proved.selection
+    if own is not None and reason is None:
+        chosen = f"own indexer: the model's own {own.topk} blocks of {own.block_size} keys"
+        detail = f"{detail}; {chosen}" if detail else chosen
     return Site(
         name=entry.name,
         source=entry.source,
@@ -49,8 +53,13 @@ def _decide(entry: Found, config: MSAConfig, windows: dict[str, int], measure: b
         decision="dense" if reason else "sparse",
         reason=reason,
         detail=detail,
-        indexer=None if reason else "keys",
-        dense_below=None
-        if reason or entry.proved is None
-        else choose_dense_below(entry.proved, config.for_site(entry.name), measure=measure),
+        indexer=None if reason else "keys" if own is None else "own",
+        dense_below=None if reason or entry.proved is None else _dense_below(entry.name, entry.proved, config, measure),
+        own_budget=None if reason or own is None else (own.block_size, own.topk),
     )
+
+
+def _dense_below(name: str, proved: Proved, config: MSAConfig, measure: bool) -> DenseBelow:
+    if proved.selection is not None:
+        return DenseBelow(0, "given", "the model is sparse at every length")
+    return choose_dense_below(proved, config.for_site(name), measure=measure)

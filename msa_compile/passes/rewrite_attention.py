@@ -16,6 +16,7 @@ from msa_compile.passes.emitter import Bias, Emitter
 from msa_compile.passes.graph_facts import LOSS
 from msa_compile.passes.insert_index_branch import insert_index_branch
 from msa_compile.passes.plan_index import IndexPlan
+from msa_compile.passes.prove_own_selection import SelectionProof
 
 aten = torch.ops.aten
 
@@ -54,10 +55,14 @@ def rewrite_attention(
     emit = Emitter(graph, attention.output)
     query, key, value = emit.heads(proved.query), emit.heads(proved.key), emit.heads(proved.value)
     position, bias = _positions(emit, proved, query)
-    shared: dict[str, Any] = {"block_size": config.block_size, "dense_below": dense_below, **position}
+    own = proved.selection
+    block_size = config.block_size if own is None else own.block_size
+    shared: dict[str, Any] = {"block_size": block_size, "dense_below": dense_below, **position}
     budget = {"topk": config.topk_blocks, "local_blocks": config.local_blocks, "sink_blocks": config.sink_blocks}
     branch = None if index is None else insert_index_branch(emit, index, name, proved.key.count, learns=learns)
-    if branch is None:
+    if own is not None:
+        block_ids = _own_blocks(emit, own, key)
+    elif branch is None:
         by_keys = _group_mean(emit, query, proved.key.count)
         block_ids = emit(torch.ops.msa.select_blocks.default, by_keys, key, **budget, **shared)
     elif not branch.is_handed_in:
@@ -65,7 +70,8 @@ def rewrite_attention(
     else:
         operands = (branch.query, branch.key, _group_mean(emit, query, proved.key.count), key)
         block_ids = emit(torch.ops.msa.select_blocks_if_fresh.default, *operands, name, owner, **budget, **shared)
-    block_ids.meta[SITE] = name
+    if own is None:  # whose budget is nobody else's to change
+        block_ids.meta[SITE] = name
     if has_loss and branch is not None:
         bounds = {name: value for name, value in shared.items() if name != "dense_below"}
         compared = (branch.query, branch.key, query, key, block_ids)
@@ -91,12 +97,36 @@ def rewrite_attention(
             *(out, query, key, value, bias.added, shared["mask"], bias.found, name, owner),
             **settings,
         )
+    if own is not None and own.averages:
+        out = _with_averages(emit, out, value, block_ids, shared)
     out = emit.arranged(out, proved.output)
     dtype = attention.output.meta["val"].dtype
     if out.meta["val"].dtype != dtype:
         out = emit(aten.to.dtype, out, dtype)
     attention.output.replace_all_uses_with(emit.in_memory_order(out, attention.output.meta["val"]))
     return None if branch is None else branch.binding
+
+
+def _own_blocks(emit: Emitter, own: SelectionProof, key: Node) -> Node:
+    """Block ids by the model's own index queries, keys and budget."""
+    index_query, index_key = (emit(aten.detach.default, node) for node in (own.index_query, own.index_key))
+    positions = own.positions
+    if positions is not None and positions.meta["val"].dim() == 1:
+        positions = emit(aten.unsqueeze.default, positions, 0)
+    budget = (own.block_size, own.topk, own.local_blocks)
+    length = emit(aten.sym_size.int, key, 2)
+    return emit(torch.ops.msa.select_blocks_at.default, index_query, index_key, positions, length, *budget)
+
+
+def _with_averages(emit: Emitter, out: Node, value: Node, block_ids: Node, shared: dict[str, Any]) -> Node:
+    """``out``, and the mean of all values where a query sees nothing."""
+    length = emit(aten.sym_size.int, value, 2)
+    bounds = (shared.get("mask"), length, shared["block_size"], shared.get("is_causal", True))
+    blind = emit(torch.ops.msa.sees_nothing.default, block_ids, *bounds)
+    mean = emit(torch.ops.msa.mean_if_any.default, value, blind)
+    heads = out.meta["val"].shape[1] // value.meta["val"].shape[1]
+    blind, mean = (emit(aten.repeat_interleave.self_int, node, heads, 1) for node in (blind, mean))
+    return emit(aten.where.self, blind, mean, out)
 
 
 def _group_mean(emit: Emitter, query: Node, groups: int) -> Node:
@@ -126,8 +156,13 @@ def _positions(emit: Emitter, proved: Proved, query: Node) -> tuple[dict[str, An
     if form == "causal+padding":
         # The last query sees every key that is not padded, so its row is the padding mask: linear, not Tq x Tk.
         mask = emit(aten.slice.Tensor, mask, 2, -1)
+        if proved.selection is not None:
+            return {"mask": mask}, None
         _, key_start, _ = emit.positions(mask, query)
         return {"mask": mask, "key_start": key_start}, None
+    if proved.selection is not None:
+        # Its blocks start at the first slot, whatever is padded or packed.
+        return {"mask": mask, "is_causal": False}, None
     query_start, _, document_start = emit.positions(mask, query)
     where = {"mask": mask, "query_start": query_start, "document_start": document_start, "is_causal": False}
     return where, bias if proved.mask.is_handed_in else None

@@ -51,6 +51,19 @@ def test_a_write_without_users_stays(name, sizes):
     torch.testing.assert_close(mine, theirs)
 
 
+def test_a_write_into_what_nobody_reads_goes_and_into_what_somebody_reads_stays():
+    def function(x):
+        unread, read = x.relu(), x.sin()
+        unread.scatter_(1, torch.zeros_like(x, dtype=torch.int64), 2.0).cos()
+        read.mul_(2)
+        return read + 1
+
+    captured = capture(function, tokens())
+    eliminate_dead_code(captured.graph)
+    assert not captured.nodes(aten.relu, aten.scatter_, aten.cos)
+    assert captured.nodes(aten.mul_)
+
+
 def test_a_chain_of_dead_calls_goes_and_is_counted():
     captured = capture(lambda x: x + 1, tokens())
     graph = captured.graph

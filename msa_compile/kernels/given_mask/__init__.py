@@ -2,5 +2,6 @@
 
 from msa_compile.kernels.given_mask.bias import biased_calls, exact_where_biased
 from msa_compile.kernels.given_mask.op import mask_positions, visible
+from msa_compile.kernels.given_mask.sees_nothing import mean_if_any, sees_nothing
 
-__all__ = ["biased_calls", "exact_where_biased", "mask_positions", "visible"]
+__all__ = ["biased_calls", "exact_where_biased", "mask_positions", "mean_if_any", "sees_nothing", "visible"]

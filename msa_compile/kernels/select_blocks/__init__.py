@@ -1,5 +1,6 @@
 """Choose the key blocks that each query and group attends to."""
 
+from msa_compile.kernels.select_blocks import at_positions  # noqa: F401  (registers its op)
 from msa_compile.kernels.select_blocks.fresh import missed_selections
 from msa_compile.kernels.select_blocks.op import select_blocks
 
