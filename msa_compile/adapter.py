@@ -6,8 +6,10 @@ belong to. Each file appears whole or not at all, the description last, with a d
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +21,8 @@ from msa_compile.config import MSAConfig
 from msa_compile.errors import AdapterError, ConfigError
 from msa_compile.indexer import INDEXER, IndexBranch, insert_index_branch
 from msa_compile.whole_files import write_whole
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 1
 WEIGHTS = "indexers.safetensors"
@@ -169,6 +173,41 @@ def fingerprint(model: nn.Module) -> str:
     }
     shapes = [[name, list(parameter.shape)] for name, parameter in model.named_parameters() if name not in ours]
     return hashlib.sha256(json.dumps(sorted(shapes)).encode()).hexdigest()
+
+
+def warn_of_left_out(model: nn.Module) -> None:
+    """Warn where a model was loaded from a folder that holds index branches: who loaded it could not use them.
+
+    transformers' ``save_pretrained`` writes them, as part of ``state_dict``, and its ``from_pretrained`` leaves them
+    out, as unexpected keys.
+    """
+    said = getattr(model, "name_or_path", None)
+    folder = Path(said) if isinstance(said, str) and said else None
+    if folder is None or not folder.is_dir():
+        return
+    tail = f".{INDEXER}.k_norm.weight"
+    own = set(model.state_dict())
+    sites = [name.removesuffix(tail) for name in _names_in(folder) if name.endswith(tail) and name not in own]
+    if sites:
+        where = str(folder) if (folder / DESCRIPTION).exists() else "the folder that msa_compile.save wrote"
+        log.warning(
+            "%s holds the index branches of %d sites (%s, ...), and the model was loaded without them: it selects as "
+            "if they had never been. msa_compile.load(model, %r) puts them back; where nothing was saved with "
+            "msa_compile.save, save_pretrained inside `with msa_compile.dense(model):` leaves them out",
+            folder,
+            len(sites),
+            sites[0],
+            where,
+        )
+
+
+def _names_in(folder: Path) -> list[str]:
+    """Names of the weights in the safetensors of a folder, read off their headers; none of what cannot be read."""
+    names: list[str] = []
+    for path in sorted(folder.glob("model*.safetensors")):
+        with contextlib.suppress(OSError, ValueError), path.open("rb") as file:
+            names += json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return names
 
 
 def _branches(model: nn.Module) -> dict[str, IndexBranch]:

@@ -12,12 +12,14 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from msa_compile._compat import compiled_module_class
+from msa_compile.adapter import warn_of_left_out
 from msa_compile.backend import MSABackend, check_inner, check_strict
 from msa_compile.calibrate.result import SiteCalibration
 from msa_compile.config import MSAConfig
 from msa_compile.discover import (
     CallInputs,
     Discovery,
+    as_they_select,
     candidate_inputs,
     check_any_sparse,
     discover,
@@ -79,7 +81,13 @@ def sparsify(
 
     On any error, and on Ctrl-C, the model is as it was.
     """
-    config = MSAConfig() if config is None else config
+    make_sparse(model, MSAConfig() if config is None else config, example_inputs, inner)
+    warn_of_left_out(model)
+    return model
+
+
+def make_sparse(model: nn.Module, config: MSAConfig, example_inputs: Any, inner: str) -> None:
+    """What :func:`sparsify` does, without a word about branches that a checkpoint holds."""
     _check_model(model)
     check_inner(inner)
     door = SparseDoor(model, model.__dict__.get("forward"), config, inner)
@@ -96,7 +104,6 @@ def sparsify(
     except BaseException:
         take_door(door)
         raise
-    return model
 
 
 class SparseDoor(Door):
@@ -126,6 +133,7 @@ class SparseDoor(Door):
         install_markers(self.module, discovery.carriers)
         if self.config.indexer == "learned":
             insert_index_branches(self.module, discovery)
+            discovery = as_they_select(self.module, discovery)
         self.windows.update(discovery.windows)
         self.expected.update(site.name for site in discovery.sites if site.decision == "sparse")
         self.discovery = discovery

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from msa_compile.calibrate.result import Bars, CalibrationResult, SiteCalibratio
 from msa_compile.calibrate.shards import add_over_processes, check_mesh, processes
 from msa_compile.calibrate.train import Run, Task, Trained
 from msa_compile.config import MSAConfig
-from msa_compile.discover import CallInputs, Discovery, discover, insert_index_branches
+from msa_compile.discover import CallInputs, Discovery, as_they_select, discover, insert_index_branches
 from msa_compile.errors import (
     BatchError,
     CalibrateArgumentError,
@@ -36,7 +36,6 @@ from msa_compile.evaluate.probes import ProbePlan
 from msa_compile.evaluate.run import Pair, evaluate_pair
 from msa_compile.examine import examine
 from msa_compile.indexer import INDEXER, IndexBranch
-from msa_compile.records import GraphRecord
 from msa_compile.runtime import door_of
 
 STAGES = ("select", "align", "sparse")
@@ -241,7 +240,8 @@ def _prepare(model: nn.Module, door: SparseDoor, call: Call) -> tuple[dict[str, 
             if isinstance(branch, IndexBranch):
                 branches[site.name] = branch
     if not branches:
-        rows = "\n".join(f"  {site.name or '<root>'}: {site.decision}: {site.detail}" for site in found.sites)
+        sites = as_they_select(model, found).sites
+        rows = "\n".join(f"  {site.name or '<root>'}: {site.decision}: {site.detail}" for site in sites)
         raise NothingToCalibrateError(f"no attention site can have an index branch:\n{rows}")
     keeper = _Keeper(
         model,
@@ -289,16 +289,8 @@ def _decide(
         left_out += [glob.escape(name)] if decision == "dense" else []
         sites.append(SiteCalibration(name, decision, before[name].kl, now[name]))
     door.start_over(replace(door.config, exclude=(*door.config.exclude, *left_out)))
-    found = _discovery(model, door, call, door.config)
-    by_keys = {site.name for site in sites if site.decision == "keys"}
-    door.discovery = replace(found, records=tuple(_scored_with_keys(record, by_keys) for record in found.records))
+    door.discovery = as_they_select(model, _discovery(model, door, call, door.config))
     return tuple(sites)
-
-
-def _scored_with_keys(record: GraphRecord, names: Collection[str]) -> GraphRecord:
-    """A record of what could be, with sites that do not use the branch that they have."""
-    rows = (replace(row, indexer="keys") if row.name in names and row.indexer else row for row in record.sites)
-    return replace(record, sites=tuple(rows))
 
 
 def _result(

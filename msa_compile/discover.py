@@ -7,7 +7,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from msa_compile._compat import (
 )
 from msa_compile.config import MSAConfig
 from msa_compile.errors import CaptureError, ExampleInputsError, MSAError, NothingToSparsifyError
-from msa_compile.indexer import INDEXER, insert_index_branch
+from msa_compile.indexer import INDEXER, IndexBranch, insert_index_branch
 from msa_compile.markers import install_markers, marker_nodes, remove_markers, tag_frames
 from msa_compile.passes.pipeline import run_passes
 from msa_compile.records import GraphRecord, Site
@@ -114,6 +114,32 @@ def discover(model: nn.Module, inputs: CallInputs, config: MSAConfig, windows: M
     return Discovery(tuple(records), found_windows, carriers)
 
 
+def as_they_select(model: nn.Module, discovery: Discovery) -> Discovery:
+    """What was found, where rows say that a site selects by a learned indexer only if its module has one in use."""
+    records = tuple(
+        replace(record, sites=tuple(_as_it_selects(model, row) for row in record.sites)) for record in discovery.records
+    )
+    return replace(discovery, records=records)
+
+
+def _as_it_selects(model: nn.Module, row: Site) -> Site:
+    if row.indexer != "learned":
+        return row
+    owner = model.get_submodule(row.name)
+    branch = owner._modules.get(INDEXER)
+    if isinstance(branch, IndexBranch) and branch.is_used:
+        return row
+    why = "its index branch did not pass its gate" if isinstance(branch, IndexBranch) else _why_none(owner)
+    detail = f"{row.detail}; scored with keys: {why}" if row.detail else f"scored with keys: {why}"
+    return replace(row, indexer="keys", detail=detail)
+
+
+def _why_none(owner: nn.Module) -> str:
+    if hasattr(owner, INDEXER):
+        return f'its module has an attribute of its own that is named "{INDEXER}", as a branch is; rename it'
+    return "its module has no weights of its own"
+
+
 def _check_signature(model: nn.Module, inputs: CallInputs) -> None:
     signature = inspect.signature(model.forward)
     try:
@@ -174,7 +200,9 @@ def insert_index_branches(model: nn.Module, discovery: Discovery, *, is_forced: 
         is_new = INDEXER not in owner._modules
         sizes = (row.hidden_size, row.key_value_heads, row.head_dim)
         if not insert_index_branch(owner, *sizes, is_forced=is_forced):
-            log.warning("%s has no room for an index branch and scores with keys", row.name or "<root>")
+            log.warning(
+                "%s cannot have an index branch and scores with keys: %s", row.name or "<root>", _why_none(owner)
+            )
             continue
         inserted += [owner] if is_new else []
         untrained += not owner.get_submodule(INDEXER).is_calibrated

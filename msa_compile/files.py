@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from msa_compile.adapter import check_adapter, insert_adapter, read_adapter, write_adapter
-from msa_compile.api import Model, SparseDoor, require_door, sparsify
+from msa_compile.api import Model, SparseDoor, make_sparse, require_door
 from msa_compile.calibrate.result import SiteCalibration
 from msa_compile.calibrate.shards import check_mesh
-from msa_compile.discover import candidate_inputs
+from msa_compile.discover import as_they_select, candidate_inputs
 from msa_compile.errors import AdapterError, ExampleInputsError
 from msa_compile.export.export_model import export_model
 from msa_compile.export.plan_call import Request
@@ -62,12 +62,14 @@ def load(model: Model, folder: str | Path, *, example_inputs: Any = None) -> Mod
     door = door_of(model)
     check_adapter(adapter, model)
     if door is None:
-        sparsify(model, adapter.config, example_inputs=example_inputs)
+        make_sparse(model, adapter.config, example_inputs, "inductor")
         door = door_of(model)
     assert isinstance(door, SparseDoor), "there is one kind of door"
     insert_adapter(adapter, model, is_forced=door.config.indexer == "learned")
     door.calibrated = adapter.calibrated
     door.calibration = {name: SiteCalibration.from_dict(said) for name, said in adapter.calibration.items()}
+    door.start_over(door.config)
+    door.discovery = as_they_select(model, door.discovery)
     return model
 
 

@@ -1,6 +1,7 @@
 """Adapters: index branches in a folder, and nothing of them in the wrong model."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 import msa_compile
 from msa_compile import MSAConfig
 from msa_compile.adapter import DESCRIPTION, WEIGHTS
+from msa_compile.calibrate.metrics import SiteMetrics
 from msa_compile.errors import AdapterError, NotSparseError
 
 pytest.importorskip("safetensors")
@@ -94,6 +96,36 @@ def test_under_auto_only_calibrated_branches_are_used():
     msa_compile.load(model, FIRST_SCHEMA)
     logits(model)
     assert [site.indexer for site in msa_compile.explain(model).sites] == ["learned", "keys"]
+
+
+def test_a_site_that_did_not_pass_its_gate_is_said_to_select_by_keys_from_the_first(tmp_path):
+    model = learned()
+    msa_compile.save(model, tmp_path)
+    said = json.loads((tmp_path / DESCRIPTION).read_text())
+    metrics = {field.name: 0.0 for field in dataclasses.fields(SiteMetrics)}
+    rejected = {"name": "layers.1", "decision": "keys", "kl_before": 0.0, "metrics": metrics}
+    (tmp_path / DESCRIPTION).write_text(json.dumps({**said, "calibration": {"layers.1": rejected}}))
+    other = msa_compile.sparsify(small(), LEARNED, inner="eager", example_inputs=(IDS,))
+    logits(other)
+    rows = msa_compile.explain(msa_compile.load(other, tmp_path)).sites
+    assert [row.indexer for row in rows] == ["learned", "keys"]
+    assert "did not pass its gate" in rows[1].detail
+    logits(other)
+    assert [row.indexer for row in msa_compile.explain(other).sites] == ["learned", "keys"]
+
+
+@pytest.mark.parametrize("taken", [None, nn.Identity(), 3])
+def test_a_module_with_an_indexer_of_its_own_keeps_it_and_says_so(taken, caplog):
+    model = small()
+    model.layers[0].indexer = taken
+    msa_compile.sparsify(model, LEARNED, inner="eager", example_inputs=(IDS,))
+    assert model.layers[0].indexer is taken
+    rows = msa_compile.explain(model).sites
+    assert [row.indexer for row in rows] == ["keys", "learned"]
+    assert 'named "indexer"' in rows[0].detail
+    assert any('named "indexer"' in entry.message for entry in caplog.records)
+    msa_compile.unsparsify(model)
+    assert model.layers[0].indexer is taken
 
 
 def test_the_wrong_model_is_refused_and_stays_as_it_was():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,12 @@ class Emitter:
         with self.fake_mode, torch.no_grad():
             node.meta["val"] = target(*values[0], **values[1])
         return node
+
+    def at_end(self) -> Emitter:
+        """The same, for calls behind all others."""
+        late = copy.copy(self)
+        late.before = self.graph.output_node()
+        return late
 
     def item(self, node: Node, index: int) -> Node:
         """One output of a call that returns several."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, Node
@@ -15,6 +16,35 @@ OWNED = "msa_owned"
 TRAINED = "msa_trained"
 # Metadata of the loss of an index branch, which becomes an output at the end: the name of its site.
 LOSS = "msa_index_loss"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What of its memory a node may share: one entry of it, found by selections, or a part of that."""
+
+    path: tuple[tuple[int, object], ...] = ()
+    is_all: bool = True
+
+    def after(self, node: Node, *, is_write: bool) -> _Entry:
+        """What ``node`` shares of this."""
+        if is_write or is_op(node, torch.ops.aten.detach, torch.ops.aten.alias):
+            return self
+        if not self.is_all or not is_op(node, torch.ops.aten.select):
+            return _Entry(self.path, is_all=False)
+        dim, place = node.args[1:3]
+        value = tensor_value(node.args[0])
+        assert isinstance(dim, int) and value is not None, "a selection is of a dimension of a tensor"
+        return _Entry((*self.path, (dim % value.dim(), place)))
+
+
+def are_disjoint(one: tuple[tuple[int, object], ...], other: tuple[tuple[int, object], ...]) -> bool:
+    """Whether two paths of selections, of dimension and place, lead to no common entry, as far as places are known."""
+    for (dim, place), (other_dim, other_place) in zip(one, other, strict=False):
+        if dim != other_dim or not (isinstance(place, int) and isinstance(other_place, int)):
+            return False
+        if place != other_place:
+            return (place < 0) == (other_place < 0)
+    return False
 
 
 class GraphFacts:
@@ -30,13 +60,16 @@ class GraphFacts:
         self.position: dict[Node, int] = {}
         self._root: dict[Node, Node] = {}
         self._writes: dict[Node, list[Node]] = {}
+        self._entry: dict[Node, _Entry] = {}
         for index, node in enumerate(graph.nodes):
             self.position[node] = index
             self._root[node] = self._alias_root(node)
 
     def _alias_root(self, node: Node) -> Node:
         root = node
+        self._entry[node] = _Entry()
         if node.target is operator.getitem and isinstance(node.args[0], Node):
+            self._entry[node] = _Entry(self._entry[node.args[0]].path, is_all=False)
             return self._root[node.args[0]]
         if not isinstance(node.target, OpOverload):
             return root
@@ -47,6 +80,7 @@ class GraphFacts:
                 if not isinstance(source, Node):
                     continue
                 root = self._root[source]
+                self._entry[node] = self._entry[source].after(node, is_write=argument.alias_info.is_write)
                 if argument.alias_info.is_write:
                     self._writes.setdefault(root, []).append(node)
         return root
@@ -56,9 +90,13 @@ class GraphFacts:
         return self._root[node]
 
     def writes(self, node: Node, before: Node) -> list[Node]:
-        """In-place writes to the memory of ``node`` that precede ``before``, in order."""
-        limit = self.position[before]
-        return [write for write in self._writes.get(self._root[node], ()) if self.position[write] < limit]
+        """In-place writes to the memory of ``node`` that precede ``before``, in order.
+
+        Those to other entries of a tensor of several, ``cache[1]`` where ``node`` is of ``cache[0]``, are none.
+        """
+        limit, entry = self.position[before], self._entry[node]
+        found = [write for write in self._writes.get(self._root[node], ()) if self.position[write] < limit]
+        return [write for write in found if not are_disjoint(self._entry[write].path, entry.path)]
 
     def written_between(self, node: Node, start: Node, end: Node) -> bool:
         """Whether the memory of ``node`` is written after ``start`` and before ``end``."""
@@ -76,18 +114,20 @@ class GraphFacts:
         """
         inner: set[Node] = set()
         boundary: set[Node] = set()
-        reached: dict[Node, int] = {}
-        pending: list[tuple[Node, Node]] = [(node, reader)]
+        reached: dict[tuple[Node, bool], int] = {}
+        # Whether writes to its memory count: what a view is read from counts only where that view shows it.
+        pending: list[tuple[Node, Node, bool]] = [(node, reader, True)]
         while pending:
-            current, before = pending.pop()
+            current, before, is_read = pending.pop()
             limit = self.position[before]
-            if reached.get(current, -1) >= limit:
+            if reached.get((current, is_read), -1) >= limit:
                 continue
-            reached[current] = limit
+            reached[current, is_read] = limit
             if stop(current):
                 boundary.add(current)
                 continue
-            pending.extend((write, before) for write in self.writes(current, before) if write is not current)
+            if is_read:
+                pending.extend((write, before, False) for write in self.writes(current, before) if write is not current)
             if not current.all_input_nodes or is_op(current, torch.ops.aten.sym_size):
                 boundary.add(current)  # a size says nothing of what its tensor holds
                 continue
@@ -95,7 +135,7 @@ class GraphFacts:
             for source in current.all_input_nodes:
                 # A view is read when its reader reads it; a computed value was read when it was computed.
                 shares = self._root[source] is self._root[current]
-                pending.append((source, before if shares else current))
+                pending.append((source, before if shares else current, not shares))
         return inner, boundary
 
     def ordered(self, nodes: Iterable[Node]) -> list[Node]:

@@ -17,6 +17,7 @@ from msa_compile._compat import ConstantSource
 from msa_compile.index_keys import IndexBinding
 from msa_compile.passes.emitter import Emitter
 from msa_compile.passes.graph_facts import OWNED, TRAINED
+from msa_compile.passes.placed import Cut
 from msa_compile.passes.plan_index import IndexPlan
 from msa_compile.passes.trace_key_store import Store
 
@@ -113,6 +114,7 @@ def _appended(emit: Emitter, plan: IndexPlan, name: str, query: Node, key: Node)
         source = _place(emit.graph, past.node)
         dims = tuple(None if axis == "H" else past.axes.index(axis) for axis in "BHTD")
         earlier, position = _new_input(emit, past.node, dims, dtype), plan.cache.position
+        earlier = _cut(emit, earlier, plan.cache.past_cuts)
         key = (
             emit(aten.cat.default, [earlier, key], 2)
             if position is None
@@ -122,8 +124,16 @@ def _appended(emit: Emitter, plan: IndexPlan, name: str, query: Node, key: Node)
         return IndexNodes(query, key, None, is_handed_in=False)
     binding = _binding(emit.graph, plan, name, dtype, source, dims, grows=True)
     if binding.is_returned:
-        _new_output(emit.graph, key)
+        # At the end: where a cache rolls, how much of it is kept may be computed late.
+        _new_output(emit.graph, _cut(emit.at_end(), key, plan.cache.kept_cuts))
     return IndexNodes(query, key, binding, is_handed_in=past is not None)
+
+
+def _cut(emit: Emitter, keys: Node, cuts: tuple[Cut, ...]) -> Node:
+    """Index keys ``[B, 1, T, D]``, cut as their cache is."""
+    for cut in cuts:
+        keys = emit(aten.slice.Tensor, keys, "BHTD".index(cut.axis), *cut.bounds)
+    return keys
 
 
 def _stored(emit: Emitter, plan: IndexPlan, store: Store, name: str, query: Node, key: Node) -> IndexNodes:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
 
-from msa_compile.passes.graph_facts import is_noop, is_op, tensor_value
+from msa_compile.passes.graph_facts import argument, is_noop, is_op, tensor_value
 
 aten = torch.ops.aten
 _ALIKE = (aten.contiguous, aten.clone, aten.detach, aten.alias)
@@ -41,6 +42,25 @@ def unmoved(placed: Placed) -> Placed:
         elif not (is_op(node, *_ALIKE) or is_noop(node) or _is_idle_cast(node)):
             return Placed(node, axes)
         node = node.args[0]  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A slice of a tensor: the dimension that is cut, by its meaning, and the other arguments of the call."""
+
+    axis: str
+    bounds: tuple[Any, ...]
+
+
+def uncut(placed: Placed) -> tuple[Placed, tuple[Cut, ...]]:
+    """What a tensor is before it was permuted, copied as it is or cut, and the cuts in their order."""
+    cuts: list[Cut] = []
+    while is_op((placed := unmoved(placed)).node, aten.slice):
+        node = placed.node
+        axis = placed.axes[dimension_of(argument(node, "dim"), len(placed.axes))]
+        cuts.insert(0, Cut(axis, tuple(argument(node, name) for name in ("start", "end", "step"))))
+        placed = Placed(node.args[0], placed.axes)  # type: ignore[arg-type]
+    return placed, tuple(cuts)
 
 
 def before_permutation(node: Node, axes: str) -> str:

@@ -1,12 +1,13 @@
 """Find where the keys of an attention are kept: the keys of this call, and the cache that they join.
 
 Index keys are kept beside the keys, slot by slot. So what the graph does to its key cache is read here as it is
-spelled, a concatenation or one write into a buffer, and `insert_index_branch` does the same to the index keys.
+spelled, a concatenation, with slices where it rolls, or one write into a buffer, and `insert_index_branch` does the
+same to the index keys.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
@@ -14,7 +15,7 @@ from torch.fx import Node
 import msa_compile.kernels.write_cache  # noqa: F401  (registers the op)
 from msa_compile.passes.attention import Heads
 from msa_compile.passes.graph_facts import GraphFacts, argument, is_op, is_owned, tensor_value
-from msa_compile.passes.placed import IndexRefused, Placed, dimension_of, unmoved
+from msa_compile.passes.placed import Cut, IndexRefused, Placed, dimension_of, uncut, unmoved
 from msa_compile.passes.trace_key_store import Store, trace_key_store, without_writes
 
 aten = torch.ops.aten
@@ -27,16 +28,20 @@ class KeyCache:
     Attributes:
         fresh: The keys of this call, ``[B, H, T, D]`` in some order.
         past: What they are appended to, an input of the graph.
+        past_cuts: What of it they are appended to, where it rolls.
         position: Where in ``past`` each row of them is written instead (``msa::write_cache``).
         store: What they are written into, in place.
         outputs: Places among the graph's outputs of the tensor that holds all keys afterwards.
+        kept_cuts: What of all keys that tensor holds, where it rolls.
     """
 
     fresh: Placed
     past: Placed | None = None
+    past_cuts: tuple[Cut, ...] = ()
     position: Node | None = None
     store: Store | None = None
     outputs: tuple[int, ...] = ()
+    kept_cuts: tuple[Cut, ...] = ()
 
 
 def trace_key_cache(facts: GraphFacts, key: Heads, reader: Node, *, is_body: bool) -> KeyCache:
@@ -77,22 +82,42 @@ def _appended(facts: GraphFacts, placed: Placed) -> KeyCache:
     joined = unmoved(placed)
     if facts.writes(joined.node, facts.graph.output_node()):
         raise IndexRefused("the keys are changed in place after they are computed")
-    outputs = tuple(index for index, node in enumerate(_outputs(facts)) if _unmoved_node(node) is joined.node)
+    outputs, kept_cuts = _kept(facts, joined)
     if is_op(joined.node, torch.ops.msa.write_cache):
         return _written(joined, outputs)
+    kept = KeyCache(joined, outputs=outputs, kept_cuts=kept_cuts)
     if not is_op(joined.node, aten.cat):
-        return KeyCache(joined, outputs=outputs)
+        return kept
     dim = dimension_of(argument(joined.node, "dim"), 4)
     parts = [part for part in joined.node.all_input_nodes if not _is_empty(part)]
     if joined.axes[dim] != "T":
-        return KeyCache(joined, outputs=outputs)  # of channels: RoPE on a part of them
+        return kept  # of channels: RoPE on a part of them
     fresh = unmoved(Placed(parts[-1], joined.axes))
     if len(parts) == 1:
-        return KeyCache(fresh, outputs=outputs)
-    past = unmoved(Placed(parts[0], joined.axes))
-    if len(parts) > 2 or not _is_handed_in(past.node):
+        return replace(kept, fresh=fresh)
+    past, past_cuts = uncut(Placed(parts[0], joined.axes))
+    if len(parts) > 2 or not _is_handed_in(past.node) or not _are_of_tokens(past_cuts):
         raise IndexRefused("the keys are appended to something else than a cache that was handed in")
-    return KeyCache(fresh, past, outputs=outputs)
+    return replace(kept, fresh=fresh, past=past, past_cuts=past_cuts)
+
+
+def _kept(facts: GraphFacts, joined: Placed) -> tuple[tuple[int, ...], tuple[Cut, ...]]:
+    """Places among the outputs of all keys, or of the same cut of them where all of them are not returned."""
+    found: dict[tuple[Cut, ...], list[int]] = {}
+    for index, node in enumerate(_outputs(facts)):
+        value = tensor_value(node)
+        if value is None or value.dim() != 4:
+            continue
+        source, cuts = uncut(Placed(node, "0123"))
+        if source.node is joined.node:
+            named = tuple(replace(cut, axis=joined.axes[source.axes.index(cut.axis)]) for cut in cuts)
+            found.setdefault(named, []).append(index)
+    cuts = () if () in found or len(found) != 1 else next(iter(found))
+    return (tuple(found.get(cuts, ())), cuts) if _are_of_tokens(cuts) else ((), ())
+
+
+def _are_of_tokens(cuts: tuple[Cut, ...]) -> bool:
+    return all(cut.axis in "BT" for cut in cuts)
 
 
 def _written(joined: Placed, outputs: tuple[int, ...]) -> KeyCache:
@@ -101,16 +126,11 @@ def _written(joined: Placed, outputs: tuple[int, ...]) -> KeyCache:
     past = unmoved(Placed(cache, joined.axes))
     if joined.axes != "BHTD" or not _is_handed_in(past.node):
         raise IndexRefused("the keys are written into something else than a cache that was handed in")
-    return KeyCache(unmoved(Placed(update, joined.axes)), past, position, outputs=outputs)
+    return KeyCache(unmoved(Placed(update, joined.axes)), past, position=position, outputs=outputs)
 
 
 def _is_handed_in(node: Node) -> bool:
     return node.op == "placeholder" and not is_owned(node)
-
-
-def _unmoved_node(node: Node) -> Node | None:
-    value = tensor_value(node)
-    return unmoved(Placed(node, "BHTD")).node if value is not None and value.dim() == 4 else None
 
 
 def _outputs(facts: GraphFacts) -> list[Node]:

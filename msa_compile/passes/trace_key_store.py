@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from msa_compile.passes.graph_facts import GraphFacts, argument, is_noop, is_op, tensor_value
+from msa_compile.passes.graph_facts import GraphFacts, are_disjoint, argument, is_noop, is_op, tensor_value
 from msa_compile.passes.placed import IndexRefused, Placed, before_permutation, dimension_of
 
 aten = torch.ops.aten
@@ -58,9 +58,9 @@ def trace_key_store(facts: GraphFacts, placed: Placed, heads: int, reader: Node)
     for write in facts.writes(root, facts.graph.output_node()):
         target, _ = _path(Placed(write.args[0], ""), root)  # type: ignore[arg-type]
         first = _leading_selections(target)
-        if [_selection(node) for node in first] == [_selection(node) for node in chosen]:
+        if _selections(first) == _selections(chosen):
             written.append((write, target[len(first) :]))
-        elif not _are_disjoint(first, chosen):
+        elif not are_disjoint(_selections(first), _selections(chosen)):
             raise IndexRefused("the key cache is written in a way that is not recognised")
     if len(written) != 1 or facts.position[written[0][0]] > facts.position[reader]:
         raise IndexRefused("the key cache is not written once, before it is read")
@@ -142,19 +142,8 @@ def _leading_selections(path: tuple[Node, ...]) -> tuple[Node, ...]:
     return path[:count]
 
 
-def _selection(node: Node) -> tuple[object, object]:
-    return node.args[1], node.args[2]
-
-
-def _are_disjoint(one: tuple[Node, ...], other: tuple[Node, ...]) -> bool:
-    """Whether two selections share no entry: the same dimension at two places that are known."""
-    for left, right in zip(one, other, strict=False):
-        (dim, place), (other_dim, other_place) = _selection(left), _selection(right)
-        if dim != other_dim or not (isinstance(place, int) and isinstance(other_place, int)):
-            return False
-        if place != other_place:
-            return (place < 0) == (other_place < 0)
-    return False
+def _selections(path: tuple[Node, ...]) -> tuple[tuple[int, object], ...]:
+    return tuple((dimension_of(node.args[1], _rank(node.args[0])), node.args[2]) for node in path)
 
 
 def without_writes(node: object) -> object:
@@ -165,6 +154,6 @@ def without_writes(node: object) -> object:
     return node
 
 
-def _rank(node: Node) -> int:
+def _rank(node: object) -> int:
     value = tensor_value(node)
     return 0 if value is None else value.dim()

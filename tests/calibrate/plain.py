@@ -4,6 +4,7 @@ import datetime
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -113,7 +114,10 @@ def die_while_writing(folder: Path) -> None:
 
 
 def work(kind: str, folder: Path, rank: int) -> None:
-    """Calibrate as one of two ranks: on half of the rows, or under tensor parallelism on all and half of the heads."""
+    """One of two ranks: it calibrates on half of the rows, or under tensor parallelism on all and half of the heads.
+
+    With "ddp" it takes one step of a training loop.
+    """
     patience = datetime.timedelta(seconds=120)
     address = f"file://{folder / 'meeting'}"
     distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=patience)
@@ -132,8 +136,38 @@ def work(kind: str, folder: Path, rank: int) -> None:
         plan = {f"layers.*.{part}": ColwiseParallel() for part in "qkv"} | {"layers.*.o": RowwiseParallel()}
         parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
         rows = slice(None)
-    torch.save(calibrated(model, batches(rows), kind=kind), folder / f"rank{rank}.pt")
+    if kind == "ddp":
+        found = loss_gradients(model, batches(rows)[0])
+    else:
+        found = calibrated(model, batches(rows), folder / f"state{rank}.pt" if kind == "fsdp" else None, kind=kind)
+        found["saved"] = attempt(lambda: msa_compile.save(model, folder / f"adapter{rank}"))
+    if kind == "tp":
+        state = folder / "state.pt"
+        found["checkpoint"] = attempt(lambda: msa_compile.calibrate(model, batches(), steps=1, checkpoint=state))
+    torch.save(found, folder / f"rank{rank}.pt")
     distributed.destroy_process_group()
+
+
+def attempt(call: Callable[[], object]) -> str:
+    """What a call was refused with."""
+    try:
+        call()
+    except msa_compile.errors.MSAError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def loss_gradients(model: nn.Module, ids: torch.Tensor) -> dict:
+    """Gradients of a loss and the index loss, in several processes those that DistributedDataParallel averages."""
+    torch.set_num_threads(1)
+    msa_compile.sparsify(model, LEARNED, inner="eager", example_inputs=(ids,))
+    generator = torch.Generator().manual_seed(9)
+    for layer in model.layers:
+        for weight in layer.indexer.weights():
+            weight.data.normal_(std=0.3, generator=generator)
+    trained = nn.parallel.DistributedDataParallel(model.train()) if distributed.is_initialized() else model.train()
+    (trained(ids).square().mean() + msa_compile.index_loss(trained)).backward()
+    return {"gradients": {name: p.grad for name, p in model.named_parameters()}}
 
 
 if __name__ == "__main__":

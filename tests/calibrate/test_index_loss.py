@@ -102,6 +102,16 @@ def test_under_gradient_checkpointing_the_gradients_are_the_same(inner):
 
 
 @pytest.mark.slow
+def test_compiled_by_inductor_it_is_the_same_loss_with_the_same_gradients():
+    *losses, expected = step(learned())
+    *found, gradients = step(learned(inner="inductor"))
+    assert found == pytest.approx(losses, rel=1e-5)
+    assert all(gradient.abs().max() > 1e-6 for gradient in only_branches(gradients).values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
 def test_there_is_none_where_nothing_trains():
     model = learned(small)
     with pytest.raises(errors.NoIndexLossError, match="call the model before"):

@@ -1,5 +1,6 @@
 """What Inductor makes of a site: each op once, and the index projections, norms and RoPE around it in few kernels."""
 
+import copy
 import re
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 import msa_compile
-from models.learned import LEARNED
+from models.learned import LEARNED, sharpen
 from models.subject import BLOCK_SIZE, TOPK, tokens
 from models.zoo import ZOO
 from msa_compile import MSAConfig
@@ -30,11 +31,16 @@ class Site:
 
 def sites_of(config: MSAConfig) -> list[Site]:
     """Compile a prompt of Qwen3, whose heads are normed and turned, and cut the generated code into its layers."""
-    model = ZOO["qwen3"].make().eval()
+    model = ZOO["qwen3"].build()
+    eager = msa_compile.sparsify(copy.deepcopy(model), config, inner="eager")
     msa_compile.sparsify(model, config)
+    for alike in (model, eager):
+        sharpen(alike)
     with torch._inductor.config.patch(fx_graph_cache=False):
-        _, codes = run_and_get_code(lambda: model(tokens(1, 40), use_cache=False))
+        found, codes = run_and_get_code(lambda: model(tokens(1, 40), use_cache=False).logits)
     assert len(codes) == 1
+    expected = eager(tokens(1, 40), use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     calls = [match.groupdict() for match in _CALL.finditer(codes[0], codes[0].index("def call("))]
     products = [at for at, call in enumerate(calls) if call["product"]]
     sites, first = [], 0
@@ -75,3 +81,5 @@ def test_an_index_branch_is_two_products_and_two_kernels_more() -> None:
         assert site.ops == ["msa.select_blocks.default", "msa.block_sparse_attention.default"]
         assert site.products == 6, "and those of the index queries and the index key"
         assert len(site.fused) <= 5
+        of_branch = [kernel for kernel in site.fused if "rsqrt" in kernel and "cos" in kernel]
+        assert len(of_branch) >= 3, "norm and RoPE of the queries, of the index queries and of the index key"

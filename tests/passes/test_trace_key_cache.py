@@ -48,6 +48,18 @@ def test_a_concatenation_has_its_past_and_its_output(keep):
     assert (found.past.axes, found.outputs) == ("BHTD" if keep is appended else "BTHD", (1,))
 
 
+def rolled(cache: Tensor, k: Tensor):
+    k = torch.cat([cache[:, 2:].transpose(1, 2), k], 2)
+    return k, k[:, :, -6:].transpose(1, 2)
+
+
+def test_what_a_rolling_cache_drops_is_read():
+    found = trace(rolled, torch.randn(3, 9, GROUPS, HEAD_DIM), keys=12)
+    assert found.past is not None
+    assert (found.past.axes, found.outputs) == ("BTHD", (1,))
+    assert [(cut.axis, cut.bounds[0]) for cut in (*found.past_cuts, *found.kept_cuts)] == [("T", 2), ("T", -6)]
+
+
 def written_at(cache: Tensor, k: Tensor):
     cache[:, :, torch.arange(5) + 2] = k
     return (cache,)
@@ -95,10 +107,6 @@ def written_after_the_read(cache: Tensor, k: Tensor):
     return (read,)
 
 
-def appended_to_a_part(cache: Tensor, k: Tensor):
-    return (torch.cat([cache[:, :, 1:], k], 2),)
-
-
 def appended_to_chosen_rows(cache: Tensor, k: Tensor):
     return (torch.cat([cache.flip(0), k], 2),)
 
@@ -113,7 +121,6 @@ def one_token_of_it(cache: Tensor, k: Tensor):
     [
         (written_twice, ROOM),
         (written_after_the_read, ROOM),
-        (appended_to_a_part, ROOM + 4),
         (appended_to_chosen_rows, ROOM + 5),
         (one_token_of_it, ROOM),
     ],

@@ -9,8 +9,17 @@ import transformers
 from torch import nn
 
 import msa_compile
+from msa_compile import MSAConfig
 from msa_compile.errors import DataParallelError, NotSparseError
 from runtime.tiny import LAYERS, OpCount, llama, small, sparse, tokens
+
+
+def qwen3() -> transformers.Qwen3ForCausalLM:
+    config = transformers.Qwen3Config(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
+        head_dim=16, vocab_size=50, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return transformers.Qwen3ForCausalLM(config).eval()
 
 
 def test_a_deep_copy_is_sparse_and_uses_its_own_weights(ops: OpCount):
@@ -75,6 +84,34 @@ def test_save_pretrained_holds_a_plain_dense_model(sparse_llama, tmp_path, ops: 
     assert ops.take() == 0
     with pytest.raises(NotSparseError):
         msa_compile.unsparsify(loaded)
+
+
+def test_a_checkpoint_with_index_branches_says_that_they_were_left_out(tmp_path, caplog):
+    pytest.importorskip("safetensors")
+    learned = MSAConfig(block_size=4, topk_blocks=3, dense_below=0, indexer="learned")
+    model = sparse(qwen3(), learned)
+    for layer in model.model.layers:
+        for weight in layer.self_attn.indexer.weights():
+            nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(tmp_path)
+    msa_compile.save(model, tmp_path / "adapter")
+    loaded = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path).eval()
+    assert not msa_compile.runtime.has_traces(loaded)
+    caplog.clear()
+    sparse(loaded)
+    [said] = [entry.message for entry in caplog.records if "index branches" in entry.message]
+    assert all(part in said for part in (str(tmp_path), "of 2 sites", "msa_compile.load", "msa_compile.dense"))
+    caplog.clear()
+    back = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path).eval()
+    msa_compile.load(back, tmp_path / "adapter")
+    assert not [entry for entry in caplog.records if "loaded without them" in entry.message]
+    for name, value in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], value), name
+    with msa_compile.dense(model):
+        model.save_pretrained(tmp_path / "dense")
+    caplog.clear()
+    sparse(transformers.Qwen3ForCausalLM.from_pretrained(tmp_path / "dense").eval())
+    assert not [entry for entry in caplog.records if "index branches" in entry.message]
 
 
 def test_data_parallel_replication_is_refused():

@@ -15,6 +15,7 @@ from torch import nn
 
 import msa_compile
 from msa_compile import MSAConfig
+from msa_compile.index_keys import IndexBinding, IndexKeys
 from msa_compile.indexer import IndexBranch
 from msa_compile.kernels.select_blocks import missed_selections
 from runtime.tiny import CONFIG, llama, sparse, tokens
@@ -22,6 +23,7 @@ from runtime.tiny import CONFIG, llama, sparse, tokens
 LEARNED = MSAConfig(block_size=4, topk_blocks=3, dense_below=0, indexer="learned")
 PROMPT, LENGTH = 29, 33
 IDS = tokens(LENGTH)
+BINDING = IndexBinding("site", (), torch.float32, source=0, dims=(0, None, 2, 3), grows=False, outputs=())
 
 
 def sharp_branches(model: nn.Module, seed: int = 1) -> None:
@@ -206,6 +208,59 @@ def test_index_keys_made_by_other_weights_are_not_used(learned, by_keys, kind):
         sharp_branches(learned)
 
 
+def loaded(model):
+    state = model.state_dict()
+    model.load_state_dict({name: -value if "indexer.k_proj" in name else value for name, value in state.items()})
+
+
+def cast_to_half_and_back(model):
+    for part in model.modules():
+        if isinstance(part, IndexBranch):
+            part.to(torch.bfloat16).to(torch.float32)
+
+
+def replaced(model):
+    for part in model.modules():
+        if isinstance(part, IndexBranch):
+            part.k_proj.weight = nn.Parameter(-part.k_proj.weight)
+
+
+@pytest.mark.parametrize("change", [loaded, cast_to_half_and_back, replaced])
+def test_index_keys_go_out_of_use_however_the_weights_change(learned, by_keys, change):
+    cache = prefilled(learned, "dynamic")
+    missed = missed_selections.total()
+    change(learned)
+    try:
+        assert not is_learned(rest(learned, cache), learned, by_keys)
+        assert missed_selections.total() == missed + 1
+    finally:
+        sharp_branches(learned)
+
+
+@KINDS
+def test_a_cache_from_before_the_model_was_sparse_is_scored_with_keys(learned, by_keys, kind):
+    cache = prefilled(sharp_llama(), kind)
+    assert not is_learned(rest(learned, cache), learned, by_keys)
+
+
+@KINDS
+def test_keys_that_went_to_another_dtype_and_back_are_noticed(learned, by_keys, kind):
+    cache = prefilled(learned, kind)
+    keys = cache.layers[0].keys
+    keys.data = keys.data.double()
+    keys.data = keys.data.float()
+    assert not is_learned(rest(learned, cache), learned, by_keys)
+
+
+def test_index_keys_are_made_anew_on_the_device_that_their_cache_went_to():
+    """The meta device stands for another one."""
+    cache, keys = torch.zeros(2, 2, 8, 4, device="meta"), IndexKeys()
+    keys._keep(BINDING, cache, torch.zeros(2, 1, 8, 4), ())
+    given = []
+    keys.bound(lambda *args: given.append(args[1]) or (), [BINDING])(cache)
+    assert (given[0].device.type, given[0].shape) == ("meta", (2, 1, 8, 4))
+
+
 def test_a_static_cache_written_by_another_compiled_model_is_noticed(learned, by_keys):
     cache = prefilled(learned, "static")
     other = torch.compile(sharp_llama(), backend="aot_eager", dynamic=True)
@@ -221,11 +276,59 @@ def test_a_deep_copy_of_the_model_does_not_use_the_index_keys_of_the_original(le
     assert is_learned(rest(twin, prefilled(twin, "dynamic")), twin, by_keys)
 
 
-def test_a_cache_made_in_inference_mode_is_scored_with_keys(learned, by_keys):
+@KINDS
+def test_a_cache_that_the_model_made_in_inference_mode_keeps_index_keys(learned, by_keys, kind):
+    missed = missed_selections.total()
+    with torch.inference_mode():
+        cache = prefilled(learned, kind)
+        found = rest(learned, cache)
+    assert is_learned(found.clone(), learned, by_keys)
+    assert missed_selections.total() == missed
+
+
+def test_a_cache_that_the_model_made_in_inference_mode_goes_on_outside_of_it(learned, by_keys):
     with torch.inference_mode():
         cache = prefilled(learned, "dynamic")
+    assert is_learned(rest(learned, cache), learned, by_keys)
+
+
+def copied(cache, other):
+    cache.layers[0].keys.copy_(cache.layers[0].keys.clone())
+
+
+def pasted(cache, other):
+    cache.layers[0].keys[:, :, :16] = other.layers[0].keys[:, :, :16]
+
+
+def written_in_place_by_index(cache, other):
+    cache.layers[0].keys.index_copy_(2, torch.arange(4), other.layers[0].keys[:, :, :4])
+
+
+def reordered(cache, other):
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.reorder_cache(torch.tensor([1, 0]))
+
+
+@KINDS
+@pytest.mark.parametrize("disturb", [copied, pasted, written_in_place_by_index, reordered])
+def test_in_inference_mode_a_foreign_write_is_noticed(learned, by_keys, kind, disturb):
+    with torch.inference_mode():
+        cache, other = prefilled(learned, kind), prefilled(learned, kind)
+        disturb(cache, other)
         found = rest(learned, cache)
     assert not is_learned(found.clone(), learned, by_keys)
+
+
+@KINDS
+def test_a_cache_that_somebody_else_made_in_inference_mode_is_scored_with_keys_and_counted(learned, by_keys, kind):
+    with torch.inference_mode():
+        with msa_compile.dense(learned):
+            cache = prefilled(learned, kind)
+        assert cache.layers[0].keys.is_inference()
+        missed_selections.clear()
+        found = rest(learned, cache)
+    assert not is_learned(found.clone(), learned, by_keys)
+    assert msa_compile.explain(learned).missed_selections == 1
 
 
 def test_index_keys_go_with_their_cache(learned):

@@ -60,8 +60,8 @@ def _run(
             log.warning(
                 '%s scores with "keys" for this cache (other sites may too; explain() counts them): index keys of some '
                 "of its tokens are missing or out of date. A dense call or another model wrote the cache, it was "
-                "reordered, cropped or copied, the indexer changed, or this is inference mode. A cache that starts "
-                "anew is scored with the learned indexer again.",
+                "reordered, cropped or copied, the indexer changed, or somebody else made it in inference mode. A "
+                "cache that starts anew is scored with the learned indexer again.",
                 site or "<root>",
             )
     chosen: Tensor = torch.ops.msa.select_blocks(
