@@ -69,7 +69,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, help="batches to go through again and again (default 60)")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--min-mass-ratio", type=float, default=0.95)
-    parser.add_argument("--min-found", type=float, default=0.95)
+    parser.add_argument("--min-found", type=float, default=0.98)
     parser.add_argument("--checkpoint", type=Path, help="keep the state of the calibration there")
     parser.add_argument("--plot", type=Path, help="draw the calibration into this file")
     parser.add_argument("--inner", choices=("inductor", "aot_eager", "eager"), default="inductor")

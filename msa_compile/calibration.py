@@ -50,7 +50,7 @@ def calibrate(
     stage: Literal["select", "align", "sparse"] = "select",
     max_length: int | None = None,
     min_mass_ratio: float = 0.95,
-    min_found: float = 0.95,
+    min_found: float = 0.98,
     checkpoint: str | Path | None = None,
     progress: bool = True,
     seed: int = 0,
@@ -60,7 +60,7 @@ def calibrate(
     The base is frozen. Each branch learns to score keys as its layer's attention weighs them: the loss is the
     divergence of its scores from the mean attention of a group's heads. The first batches are held out, and on them
     each site is compared with the best blocks there are: where the selected ones hold less than `min_mass_ratio` of
-    the attention that the best ones hold, or where too many queries miss a far block that holds much of theirs
+    the attention that the best ones hold, or where more queries than with `"keys"` miss a far block that holds much
     (`min_found`), the site keeps `"keys"`, or is dense with `MSAConfig(fallback="dense")`. Sites without a branch get
     one, under `indexer="auto"` too; branches of an earlier calibration learn on.
 
@@ -84,8 +84,8 @@ def calibrate(
         max_length: Tokens of a row at most; the rest is cut off.
         min_mass_ratio: The bar for attention mass, 0 to 1.
         min_found: The bar for finding, 0 to 1: of the queries that give a fifth of their attention or more to one block
-            farther than a window of the same budget reaches, the share that has to select it. Lost facts show here, if
-            the data ask for facts; in masses, which are mostly near, they do not.
+            farther than a window of the same budget reaches, some select it: as many as with `"keys"` times this, at
+            least. Lost facts show here, if the data ask for facts; in masses, which are mostly near, they do not.
         checkpoint: A file that keeps the state about every half minute. A run that was killed goes on from there, to
             the same result, when it is started again with the same arguments.
         progress: Whether a bar is shown, where tqdm is installed.

@@ -38,6 +38,7 @@ class SiteMetrics:
             saved that did not count them.
         found: Share of those that selected it; 1 where there are none. Lost facts are here: they are few, and in a
             mean of masses over all queries nobody sees them.
+        keys_found: The same of what `"keys"` selects.
     """
 
     kl: float
@@ -49,6 +50,12 @@ class SiteMetrics:
     queries: int
     decisive: int = 0
     found: float = 1.0
+    keys_found: float = 1.0
+
+    @property
+    def found_ratio(self) -> float:
+        """What the branch finds of what `"keys"` finds."""
+        return self.found / self.keys_found if self.keys_found else 1.0
 
     @property
     def mass_ratio(self) -> float:
@@ -71,6 +78,7 @@ class MetricSums:
     energy: Tensor
     decisive: Tensor
     found: Tensor
+    keys_found: Tensor
 
     @classmethod
     def zeros(cls) -> MetricSums:
@@ -78,12 +86,12 @@ class MetricSums:
         return cls(*torch.zeros(len(fields(cls)), dtype=torch.float64))
 
     def as_tensor(self) -> Tensor:
-        """All of them, `[11]`."""
+        """All of them, `[12]`."""
         return torch.stack([getattr(self, field.name) for field in fields(self)])
 
     def means(self) -> SiteMetrics:
         """What they say."""
-        choosing = max(int(self.choosing), 1)
+        choosing, decisive = max(int(self.choosing), 1), int(self.decisive)
         return SiteMetrics(
             kl=float(self.kl / self.counted.clamp(min=1)),
             recall=float(self.recall) / choosing,
@@ -92,8 +100,9 @@ class MetricSums:
             keys_mass=float(self.keys_mass) / choosing,
             output_error=float((self.error / self.energy.clamp(min=1e-30)).sqrt()),
             queries=int(self.choosing),
-            decisive=int(self.decisive),
-            found=float(self.found / self.decisive) if self.decisive else 1.0,
+            decisive=decisive,
+            found=float(self.found) / decisive if decisive else 1.0,
+            keys_found=float(self.keys_found) / decisive if decisive else 1.0,
         )
 
 
@@ -197,7 +206,9 @@ def _add_shares(sums: MetricSums, call: SiteCall, support: Support, chosen: Tens
         largest, place = mass.masked_fill(is_forced | is_near, 0.0).max(3)
         is_decisive = choosing & (largest >= _DECISIVE)
         sums.decisive += is_decisive.sum().double().cpu()
-        sums.found += (is_decisive & mine.gather(3, place[..., None])[..., 0]).sum().double().cpu()
+        for name, blocks in (("found", mine), ("keys_found", keys)):
+            has_it = blocks.gather(3, place[..., None])[..., 0]
+            setattr(sums, name, getattr(sums, name) + (is_decisive & has_it).sum().double().cpu())
 
 
 def _masses(call: SiteCall, seen: Visibility, rows: slice, size: int) -> tuple[Tensor, Tensor]:

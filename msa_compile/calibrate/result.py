@@ -12,8 +12,8 @@ from msa_compile.pictures import new_figure, save_figure
 from msa_compile.table import to_table
 
 _COLUMNS = (
-    "site", "KL before", "KL", "block recall", "mass", "oracle's", "ratio", "keys' mass", "found", "output error",
-    "selects by",
+    "site", "KL before", "KL", "block recall", "mass", "oracle's", "ratio", "keys' mass", "found", "keys' found",
+    "output error", "selects by",
 )  # fmt: skip
 _MOST_NAMED = 12  # lines that a legend has room for
 
@@ -24,7 +24,7 @@ class Bars:
 
     Attributes:
         min_mass_ratio: Attention mass in the selected blocks, of the mass in the best ones.
-        min_found: Share of the queries to which one block matters much that select it, see `SiteMetrics.found`.
+        min_found: Far blocks that matter and are selected, of those that `"keys"` selects; see `SiteMetrics.found`.
     """
 
     min_mass_ratio: float
@@ -32,7 +32,7 @@ class Bars:
 
     def are_met(self, found: SiteMetrics) -> bool:
         """Whether a branch with these metrics is good enough."""
-        return found.mass_ratio >= self.min_mass_ratio and found.found >= self.min_found
+        return found.mass_ratio >= self.min_mass_ratio and found.found_ratio >= self.min_found
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ class SiteCalibration:
     def __str__(self) -> str:
         found = self.metrics
         told = f"index branch holds {found.mass_ratio:.1%} of the attention that the best blocks hold"
-        return told + (f" and finds {found.found:.1%} of the far blocks that matter" if found.decisive else "")
+        if not found.decisive:
+            return told
+        return f"{told} and finds {found.found:.1%} of the far blocks that matter (keys {found.keys_found:.1%})"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain Python values, ready for JSON."""
@@ -76,7 +78,7 @@ class CalibrationResult:
         steps: How many were done, those of earlier runs of the same checkpoint too.
         learning_rate: The highest.
         min_mass_ratio: The bar for `mass / oracle_mass`.
-        min_found: The bar for `found`.
+        min_found: The bar for `found / keys_found`.
         config: Of the model now.
         history: For each step the mean divergence of each site, nats.
         mass_history: Steps at which metrics were taken, and `mass / oracle_mass` of each site.
@@ -103,11 +105,12 @@ class CalibrationResult:
         """The least that one has to know, in a line."""
         learned = sum(site.decision == "learned" for site in self.sites)
         mass = min(site.metrics.mass_ratio for site in self.sites)
-        found = min(site.metrics.found for site in self.sites)
+        found = min(site.metrics.found_ratio for site in self.sites)
         return (
             f"calibrated in {self.steps} steps ({self.stage}): {learned} of {len(self.sites)} sites select by their "
             f"index branch; the least attention mass that a branch holds is {mass:.1%} of the oracle's (bar "
-            f"{self.min_mass_ratio:.0%}), and the least that one finds {found:.1%} (bar {self.min_found:.0%})"
+            f"{self.min_mass_ratio:.0%}), and the least that one finds is {found:.1%} of what keys find (bar "
+            f"{self.min_found:.0%})"
         )
 
     def with_nll(self, dense: float, sparse: float) -> CalibrationResult:
@@ -152,7 +155,7 @@ def _cells(site: SiteCalibration) -> tuple[str, ...]:
         f"{site.kl_before:.4f}",
         f"{found.kl:.4f}",
         *(f"{share:.1%}" for share in shares),
-        f"{found.found:.1%}" if found.decisive else "-",
+        *(f"{share:.1%}" if found.decisive else "-" for share in (found.found, found.keys_found)),
         f"{found.output_error:.1%}",
         site.decision,
     )

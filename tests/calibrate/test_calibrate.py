@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -65,7 +66,8 @@ slow = pytest.mark.slow
 def test_branches_learn_what_attention_looks_at_and_the_base_stays_as_it_is(make, indexer):
     model = new(make, MSAConfig(block_size=4, topk_blocks=3, dense_below=0, indexer=indexer)).train()
     base = {name: p.detach().clone() for name, p in model.named_parameters() if ".indexer." not in name}
-    result = calibrated(model, steps=30)
+    # Of so few random tokens more is learned by heart at a higher rate.
+    result = calibrated(model, steps=30, learning_rate=1e-3)
     for name, parameter in model.named_parameters():
         assert parameter.grad is None
         assert parameter.requires_grad
@@ -94,7 +96,7 @@ def test_branches_start_near_the_layers_own_queries_and_keys():
         model = new(llama, learned)
         for branch in branches_of(model).values():
             nn.init.constant_(branch.q_norm.weight, gain)
-        starts.append([site.kl_before for site in calibrated(model, steps=1).sites])
+        starts.append([site.kl_before for site in calibrated(model, steps=1, stage="align").sites])
     assert all(own < 0.6 * random for own, random in zip(*starts, strict=True))
 
 
@@ -116,7 +118,8 @@ def test_the_table_the_picture_and_plain_values_have_every_site(tmp_path):
 def test_a_site_below_a_bar_falls_back(fallback, indexer, bar):
     config = MSAConfig(block_size=4, topk_blocks=3, dense_below=0, fallback=fallback, indexer=indexer)
     model = new(config=config)
-    result = calibrated(model, steps=2, **{bar: 1.0})
+    with mock.patch.object(SiteMetrics, "found_ratio", 0.99):
+        result = calibrated(model, steps=2, **{bar: 1.0})
     assert all(site.metrics.decisive > 0 for site in result.sites)
     assert {site.decision for site in result.sites} == {fallback}
     assert {site.indexer for site in msa_compile.explain(model).sites} == {"keys" if fallback == "keys" else None}
@@ -145,14 +148,16 @@ def test_decisions_and_metrics_are_saved_and_loaded(tmp_path):
 
 def test_facts_that_are_lost_fail_a_bar_where_mass_does_not():
     metrics = SiteMetrics(0.1, 0.9, 0.98, 1.0, 0.98, 0.1, queries=10_000, decisive=200, found=0.9)
-    assert not Bars(0.95, 0.95).are_met(metrics)
+    assert not Bars(0.95, 0.98).are_met(metrics)
+    assert Bars(0.95, 0.98).are_met(replace(metrics, keys_found=0.91)), "a fallback that finds as little is none"
     assert Bars(0.95, 0.9).are_met(metrics)
     assert not Bars(0.99, 0.9).are_met(metrics)
 
 
 def test_metrics_of_a_version_that_did_not_count_what_is_found_are_read():
     said = SiteCalibration("layer", "learned", 1.0, SiteMetrics(0.1, 0.9, 0.98, 1.0, 0.98, 0.1, 100)).to_dict()
-    del said["metrics"]["found"], said["metrics"]["decisive"]
+    for name in ("decisive", "found", "keys_found"):
+        del said["metrics"][name]
     read = SiteCalibration.from_dict(said)
     assert read.metrics.decisive == 0
     assert "finds" not in str(read)
@@ -179,8 +184,9 @@ def test_padding_teaches_nothing():
     torch.testing.assert_close(histories[0], histories[1], rtol=1e-5, atol=1e-7)
     row = BATCHES[0][1:, 9:]
     alone = [calibrated(trained(llama), [part, part], steps=1).history[0] for part in (BATCHES[0][:1], row)]
+    # The first four queries have their own block alone, and nothing to learn from.
     for site, found in enumerate(histories[0][0]):
-        assert found == pytest.approx((48 * alone[0][site] + 39 * alone[1][site]) / 87, rel=1e-4)
+        assert found == pytest.approx((44 * alone[0][site] + 35 * alone[1][site]) / 79, rel=1e-4)
 
 
 @slow

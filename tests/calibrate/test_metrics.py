@@ -95,8 +95,9 @@ def naive(call, counted, stage):
                     oracle = best_blocks(mass, own)
                     recalls.append(len(mine & oracle) / len(oracle))
                     far = {block for block in mass if 0 < block <= own - TOPK}
-                    found += [block in mine for block in far if mass[block] >= max(0.2, *(mass[b] for b in far))]
                     keys = best_blocks(by_block(by_keys, max), own)
+                    largest = [block for block in far if mass[block] >= max(0.2, *(mass[b] for b in far))]
+                    found += [(block in mine, block in keys) for block in largest]
                     for name, chosen in (("mass", mine), ("oracle_mass", oracle), ("keys_mass", keys)):
                         shares[name].append(sum(mass[block] for block in chosen))
                 for head in heads:
@@ -107,8 +108,10 @@ def naive(call, counted, stage):
                     error += float((outputs - dense).square().sum())
                     energy += float(dense.square().sum())
     means = {name: sum(values) / len(values) for name, values in shares.items()}
-    means |= {"kl": sum(kls) / len(kls), "recall": sum(recalls) / len(recalls), "found": sum(found) / len(found)}
-    return {**means, "output_error": math.sqrt(error / energy), "queries": len(recalls), "decisive": len(found)}
+    means |= {"kl": sum(kls) / len(kls), "recall": sum(recalls) / len(recalls), "decisive": len(found)}
+    for place, name in enumerate(("found", "keys_found")):
+        means[name] = sum(pair[place] for pair in found) / len(found)
+    return {**means, "output_error": math.sqrt(error / energy), "queries": len(recalls)}
 
 
 @pytest.mark.parametrize(("softcap", "workspace", "stage"), [(None, 1 << 22, "align"), (1.5, 1, "select")])
