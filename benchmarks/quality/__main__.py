@@ -73,9 +73,10 @@ def run(setting: Setting, kept: Path, piece: Piece) -> Iterator[Row | Choice]:
         weights = kept / f"model-{setting.of_models}-{seed}.pt"
         model = train(setting.size, setting.training, corpus.train, seed, weights, piece)
         indexers = kept / f"indexers-{setting.of_indexers}-{seed}"
-        folder = kept / f"rows-{setting.of_rows}-{seed}"
         for selector in (DENSE, *SELECTORS):
-            if selector == CALIBRATED:
+            is_calibrated = selector == CALIBRATED
+            folder = kept / f"rows-{setting.of_rows(has_indexers=is_calibrated)}-{seed}"
+            if is_calibrated:
                 piece.check()
                 calibrate_once(model, setting, corpus, indexers, seed)
             for share in (1,) if selector == DENSE else setting.shares:

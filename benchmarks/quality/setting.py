@@ -52,10 +52,10 @@ class Setting:
         """Digest of what calibrated index branches depend on."""
         return _digest(self.of_models, self.block_size, self.calibration_steps, self.calibration_rate)
 
-    @property
-    def of_rows(self) -> str:
+    def of_rows(self, *, has_indexers: bool) -> str:
         """Digest of what a measured row depends on, but for its budget; the code of the ops is part of it."""
-        return _digest(self.of_indexers, self.texts, self.prompts, self.judged, kernels_version("cpu"))
+        of = self.of_indexers if has_indexers else _digest(self.of_models, self.block_size)
+        return _digest(of, self.texts, self.prompts, self.judged, kernels_version("cpu"))
 
 
 def _digest(*parts: object) -> str:
