@@ -103,7 +103,7 @@ FROM_NOTHING = (5, *[1] * 40)
 
 @pytest.mark.parametrize("mask", [UNPADDED, RIGHT_PADDED], ids=["unpadded", "right"])
 def test_decoding_gives_the_same_logits(models, mask: Tensor, ops: OpCalls) -> None:
-    pieces_agree(models, ops, "dynamic", SHORT, mask)
+    pieces_agree(models, ops, "dynamic", SHORT[:3], mask)
 
 
 @pytest.mark.slow
