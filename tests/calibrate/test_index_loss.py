@@ -101,6 +101,15 @@ def test_under_gradient_checkpointing_the_gradients_are_the_same(inner):
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
+def test_the_gradients_lie_in_memory_as_the_fake_says():
+    """A compiler that trusts the fake would read others."""
+    query, key = torch.randn(2, 9, 4, 8).transpose(1, 2), torch.randn(2, 9, 2, 8).transpose(1, 2)
+    index_query, index_key = torch.randn(2, 9, 2, 8).transpose(1, 2), torch.randn(2, 9, 1, 8).transpose(1, 2)
+    ids = torch.zeros(2, 2, 9, 1, dtype=torch.int32)
+    for found in torch.ops.msa.index_loss(index_query, index_key, query, key, ids, 16):
+        assert found.is_contiguous()
+
+
 @pytest.mark.slow
 def test_compiled_by_inductor_it_is_the_same_loss_with_the_same_gradients():
     *losses, expected = step(learned())

@@ -69,7 +69,9 @@ def _run(
     sums = align_sums(index_query, index_key, query, key, support, scale=scale, softcap=softcap)
     assert sums.grad_index_query is not None and sums.grad_index_key is not None, "they were asked for"
     share = 1 / sums.queries.clamp(min=1)
-    return sums.loss * share, sums.grad_index_query * share, sums.grad_index_key * share
+    gradients = (sums.grad_index_query * share, sums.grad_index_key * share)
+    # In the strides that the fake promises, whatever those of the operands are.
+    return sums.loss * share, gradients[0].contiguous(), gradients[1].contiguous()
 
 
 index_loss = torch.library.custom_op("msa::index_loss", _run, mutates_args=())
