@@ -125,14 +125,10 @@ def _check_sparse(sites: Collection[Any], expected: Collection[str]) -> None:
 
 
 def _clean(gm: GraphModule) -> None:
-    """Drop what only training needs, and the attention that was replaced.
-
-    Dead code elimination keeps the latter, which may be random for all that it knows, and so its mask of `Tq x Tk`.
-    """
+    """Drop what only training needs."""
     graph = gm.graph
     for node in reversed(list(graph.nodes)):
-        is_old = node.target is aten.scaled_dot_product_attention.default and not node.users
-        if is_old or node.target is _compat.set_grad_enabled:
+        if node.target is _compat.set_grad_enabled:
             graph.erase_node(node)
         elif node.target in (_compat.enter_autocast, _compat.exit_autocast):
             raise CaptureError(
