@@ -118,7 +118,7 @@ class ExportCacheError(MSAError, ValueError):
 
 
 class ExportIndexerError(MSAError, ValueError):
-    """Raised when a site selects by a learned indexer in the model and would select by the keys in an artifact."""
+    """Raised when a site would select by something else in an artifact than in the model: keys, or exact scores."""
 
 
 class ExportMemoryError(MSAError, ValueError):

@@ -42,7 +42,7 @@ class Row:
         heads: ``"Hq,Hkv,D"``.
         length, batch: Tokens of the key cache, rows.
         selection: ``"random"`` or ``"correlated"``.
-        indexer: ``"learned"`` (one index key) or ``"keys"``.
+        indexer: ``"learned"`` (one index key) or ``"keys"``, and whether scores are fp8.
         gate: ``"green ..."``, or what was found wrong.
         blocks_a_tile: Mean number of different blocks of a tile of queries; ``None`` in decode.
         queries_a_tile: How many queries that is of.
@@ -83,7 +83,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A row to measure; see ``Row``."""
+    """A row to measure; see ``Row``. With ``candidates`` scores are fp8, and so many blocks are scored again."""
 
     case: str
     heads: tuple[int, int, int]
@@ -91,6 +91,7 @@ class Wanted:
     selection: str = "random"
     indexer: str = "learned"
     batch: int = 1
+    candidates: int = 0
 
 
 def measure(wanted: Wanted, device: torch.device, roofline: Roofline, *, block_size: int = 128, topk: int = 16) -> Row:
@@ -100,7 +101,10 @@ def measure(wanted: Wanted, device: torch.device, roofline: Roofline, *, block_s
     operands = make_operands(wanted, setting, 1 if is_decode else wanted.length)
     ids = torch.empty(*operands.index_query.shape[:3], topk, dtype=torch.int32, device=device)
     output = torch.empty_like(operands.query)
-    launches = [*selection_launches(operands, ids, block_size), *_attention(operands, ids, output, block_size)]
+    launches = [
+        *selection_launches(operands, ids, block_size, wanted.candidates),
+        *_attention(operands, ids, output, block_size),
+    ]
     call = partial(_run, launches)
     call()
     of_first_row = Operands(*(getattr(operands, name)[:1] for name in Operands.__dataclass_fields__))
@@ -121,7 +125,7 @@ def measure(wanted: Wanted, device: torch.device, roofline: Roofline, *, block_s
         length=wanted.length,
         batch=wanted.batch,
         selection=wanted.selection,
-        indexer=wanted.indexer,
+        indexer=f"{wanted.indexer}, fp8 scores" if wanted.candidates else wanted.indexer,
         gate=str(verdict),
         blocks_a_tile=blocks_a_tile,
         queries_a_tile=queries_a_tile,
@@ -212,10 +216,10 @@ def bare_options(block_size: int, device: torch.device) -> dict[str, Any]:
     return {**bounds, "block_size": block_size, "is_causal": True, "chip": chip_of(device)}
 
 
-def selection_launches(operands: Operands, ids: Tensor, block_size: int) -> list[Launch]:
+def selection_launches(operands: Operands, ids: Tensor, block_size: int, candidates: int = 0) -> list[Launch]:
     """Return the launches that write ``ids``."""
     queries, keys = operands.index_query, operands.index_key
-    common = bare_options(block_size, ids.device)
+    common = {**bare_options(block_size, ids.device), "candidates": candidates}
     return list(selection.find_launches(queries, keys, ids, local_blocks=1, sink_blocks=0, **common))
 
 

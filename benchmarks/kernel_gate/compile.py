@@ -22,6 +22,7 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
     torch.uint8: "u8",
+    torch.float8_e4m3fn: "fp8e4nv",
 }
 
 
@@ -33,7 +34,7 @@ class Compiled:
         registers: Of a thread; 255 is the most there are.
         spilled: Bytes of a thread that found no register.
         shared: Bytes of shared memory of a program.
-        products: Matrix instructions by kind: ``wgmma``, ``mma.sync``, ``tcgen05``.
+        products: Matrix instructions by kind: ``wgmma``, ``mma.sync``, ``tcgen05``; and those of them that are of e4m3.
         copies: Asynchronous copies from global to shared memory.
     """
 
@@ -101,6 +102,7 @@ def compile_launch(launch: Launch, chip: Chip) -> Compiled:
             "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
             "mma.sync": len(re.findall(r"\bmma\.sync", ptx)),
             "tcgen05": len(re.findall(r"tcgen05\.mma", ptx)),
+            "of e4m3": len(re.findall(r"\.e4m3\.e4m3|kind::f8f6f4", ptx)),
         },
         copies=len(re.findall(r"cp\.async\.c[ag]", ptx)) + len(re.findall(r"cp\.async\.bulk", ptx)),
     )

@@ -29,6 +29,7 @@ class Problem:
         has_everything: Sinks, softcap, window, ragged rows, documents and a mask.
         is_backward: The gradients of the attention, and no forward.
         order: Of many queries, ``"tiles"`` or ``"blocks"``; default as shapes choose.
+        candidates: Blocks a query that are scored again; the selection alone, on chips that multiply e4m3.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Problem:
     has_everything: bool = False
     is_backward: bool = False
     order: str | None = None
+    candidates: int = 0
 
 
 K = 1024
@@ -65,6 +67,11 @@ PROBLEMS = {
         Problem("blocks outside, 2 heads a group, D 256", (16, 8, 256), 32 * K, 32 * K, order="blocks"),
         Problem("blocks outside, blocks of 32", (32, 8, 64), 32 * K, 32 * K, block_size=32, topk=32, order="blocks"),
         Problem("blocks outside, float32", (32, 8, 64), 8 * K, 8 * K, torch.float32, block_size=32, order="blocks"),
+        Problem("fp8 scores, 16 heads a group", (64, 4, 128), 128 * K, 128 * K, candidates=32),
+        Problem("fp8 scores, 1M tokens", (64, 4, 128), 1024 * K, 1024 * K, candidates=32),
+        Problem("fp8 scores, own keys, D 64", (32, 8, 64), 32 * K, 32 * K, is_shared=False, candidates=32),
+        Problem("fp8 scores, D 256, blocks of 32", (16, 8, 256), 32 * K, 32 * K, block_size=32, candidates=32),
+        Problem("fp8 scores, everything", (64, 8, 64), 8 * K, 8 * K, batch=2, has_everything=True, candidates=32),
         Problem("decode, 16 heads a group", (64, 4, 128), 1, 128 * K),
         Problem("decode, 4 heads a group, own keys", (32, 8, 128), 1, 128 * K, is_shared=False, batch=16),
         Problem("decode, D 256", (16, 8, 256), 1, 32 * K),
@@ -138,9 +145,12 @@ def launches_of(problem: Problem, chip: Chip) -> Iterator[Launch]:
         )
         return
     index_key = of_rows(1 if problem.is_shared else groups, keys)
-    yield from _first_of_each(
-        selection.find_launches(of_rows(groups, queries), index_key, block_ids, local_blocks=1, sink_blocks=0, **common)
-    )
+    if problem.candidates and chip.capability < 89:
+        return
+    how: dict[str, Any] = {"local_blocks": 1, "sink_blocks": 0, "candidates": problem.candidates}
+    yield from _first_of_each(selection.find_launches(of_rows(groups, queries), index_key, block_ids, **how, **common))
+    if problem.candidates:
+        return
     yield from _first_of_each(
         attention.find_launches(
             query, key, value, block_ids, torch.empty_like(query), order=problem.order, **common, **of_logits

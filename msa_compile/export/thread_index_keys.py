@@ -28,6 +28,7 @@ from torch.export.graph_signature import (
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from msa_compile.config import MSAConfig
 from msa_compile.errors import ExportIndexerError
 from msa_compile.index_keys import IndexBinding
 from msa_compile.indexer import remove_index_branches
@@ -102,6 +103,19 @@ def check_indexers(sites: Collection[Site], learned: Collection[str]) -> None:
         raise ExportIndexerError(
             f"{len(lost)} sites select by a learned indexer, and would select by the keys in the artifact, so that its "
             f'blocks would be others:\n{lines}\nNothing was written. Sparsify with MSAConfig(indexer="keys") to export.'
+        )
+
+
+def check_scores(config: MSAConfig) -> None:
+    """Refuse scores that no artifact has.
+
+    Raises:
+        ExportIndexerError: ``index_scores`` is not ``"exact"``.
+    """
+    if config.index_scores != "exact":
+        raise ExportIndexerError(
+            f'the model selects with index_scores="{config.index_scores}", and an artifact with exact scores, so that '
+            'its blocks may be others. Nothing was written. Sparsify with MSAConfig(index_scores="exact") to export.'
         )
 
 

@@ -56,6 +56,7 @@ def rewrite_attention(
     position, bias = _positions(emit, proved, query)
     shared: dict[str, Any] = {"block_size": config.block_size, "dense_below": dense_below, **position}
     budget = {"topk": config.topk_blocks, "local_blocks": config.local_blocks, "sink_blocks": config.sink_blocks}
+    budget["candidates"] = config.candidates
     branch = None if index is None else insert_index_branch(emit, index, name, proved.key.count, learns=learns)
     if branch is None:
         by_keys = _group_mean(emit, query, proved.key.count)

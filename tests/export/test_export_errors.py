@@ -57,6 +57,13 @@ def test_a_model_that_is_not_sparsified_is_refused(tmp_path):
         msa_compile.export(ZOO["nanogpt"].build(), tmp_path / "m.onnx", example_inputs=tokens(1, 9))
 
 
+def test_scores_that_no_artifact_has_are_refused(tmp_path):
+    inputs = (tokens(2, 23),)
+    model = sparse(ZOO["nanogpt"].build(), inputs, index_scores="fp8")
+    with pytest.raises(ExportIndexerError, match='index_scores="exact"'):
+        msa_compile.export(model, tmp_path / "m.onnx", example_inputs=inputs, max_length=64)
+
+
 def test_an_unknown_suffix_and_an_unknown_cache_name_what_there_is(export):
     with pytest.raises(ExportFormatError, match=r"m\.plan.*\.onnx"):
         export("m.plan")

@@ -7,7 +7,9 @@ from types import ModuleType
 
 import interpreter  # noqa: F401  # skips this file in other processes
 import kernel_laws as laws
+import oracle
 import pytest
+import torch
 from kernel_laws import Implementation, make_case
 from test_kernel_laws import CASES
 
@@ -25,14 +27,22 @@ from msa_compile.kernels.block_sparse_attention import (
     triton_tiles,
     triton_turn,
 )
+from msa_compile.kernels.select_blocks import cuda as selection_cuda
 from msa_compile.kernels.select_blocks import triton as selection
-from msa_compile.kernels.select_blocks import triton_choose, triton_scores
+from msa_compile.kernels.select_blocks import triton_choose, triton_rescore, triton_scores
 
 OPS = Implementation(select_blocks, block_sparse_attention)
 
 
 def _oracle(name: str) -> Callable[[], None]:
     return lambda: laws.check_equals_oracle(OPS, CASES[name])
+
+
+def _candidates() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 40, 8, generator=generator)
+    options = {"block_size": 4, "topk": 3, "candidates": 4}
+    laws.assert_equal(selection_cuda.select_blocks(query, key, **options), oracle.select_blocks(query, key, **options))
 
 
 def _few_queries() -> None:
@@ -97,6 +107,30 @@ MUTANTS = {
         "tl.cumsum(is_equal.to(tl.int32), 1) <= room[:, None]",
         "tl.sum(is_equal.to(tl.int32), 1)[:, None] - tl.cumsum(is_equal.to(tl.int32), 1) < room[:, None]",
         _oracle("all scores equal"),
+    ),
+    "e4m3 without scales": (
+        triton_scores,
+        selection,
+        "score_blocks",
+        "score = score * scale[None, :]",
+        "score = score + 0 * scale[None, :]",
+        _candidates,
+    ),
+    "candidates are not all that score as high": (
+        triton_choose,
+        selection,
+        "keep_candidates",
+        "can_be_chosen & (rank >= threshold[:, None])",
+        "can_be_chosen & (rank > threshold[:, None])",
+        _candidates,
+    ),
+    "candidates keep their rounded scores": (
+        triton_rescore,
+        selection,
+        "rescore_blocks",
+        "tl.store(place, found, mask=is_candidate)",
+        "tl.store(place, found, mask=is_candidate & (found > 1e30))",
+        _candidates,
     ),
     "drops block 0": (
         triton_lists,

@@ -42,6 +42,7 @@ def _run(
     mask: Tensor | None = None,
     dense_below: int = 0,
     is_causal: bool = True,
+    candidates: int = 0,
 ) -> Tensor:
     """Choose key blocks, by index keys or by keys.
 
@@ -65,7 +66,7 @@ def _run(
                 site or "<root>",
             )
     chosen: Tensor = torch.ops.msa.select_blocks(
-        *operands, block_size, topk, local_blocks, sink_blocks, *bounds, dense_below, is_causal
+        *operands, block_size, topk, local_blocks, sink_blocks, *bounds, dense_below, is_causal, candidates
     )
     return chosen
 
