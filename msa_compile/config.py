@@ -13,7 +13,7 @@ from msa_compile.errors import ConfigError, UnknownOptionError
 MAX_BLOCK_SIZE = 65536
 INDEXERS = ("auto", "keys", "learned")
 FALLBACKS = ("keys", "dense")
-INDEX_SCORES = ("exact", "fp8")
+INDEX_SCORES = INDEX_CACHES = ("exact", "fp8")
 # Blocks that are scored again for each that is chosen, where scores are fp8.
 _CANDIDATES = 2
 
@@ -59,6 +59,9 @@ class MSAConfig:
             to e4m3, twice as fast where matrix units are the limit, and the best `2 * topk_blocks` of a query again by
             both as they are; a block that e4m3 ranks lower than that is missed. For prompts: calls of at most 16
             queries score as `"exact"`. On a GPU it needs compute capability 8.9; a CPU computes the same, slower.
+        index_cache: `"exact"` keeps the index keys of a learned indexer as they are, `"fp8"` as e4m3, a byte a number:
+            half of what a decode step reads to select, at the price of keys of 3 bits. All calls select by the rounded
+            keys, with a cache or without; training and its measures use them as they are.
 
     Raises:
         ConfigError: A field is outside its legal range.
@@ -76,6 +79,7 @@ class MSAConfig:
     budgets: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
     fallback: Literal["keys", "dense"] = "keys"
     index_scores: Literal["exact", "fp8"] = "exact"
+    index_cache: Literal["exact", "fp8"] = "exact"
 
     def __post_init__(self) -> None:
         self._check_int("block_size", 1, MAX_BLOCK_SIZE)
@@ -91,6 +95,9 @@ class MSAConfig:
         index_scores: object = self.index_scores
         if not (isinstance(index_scores, str) and index_scores in INDEX_SCORES):
             self._refuse("index_scores", f"one of {_quoted(INDEX_SCORES)}")
+        index_cache: object = self.index_cache
+        if not (isinstance(index_cache, str) and index_cache in INDEX_CACHES):
+            self._refuse("index_cache", f"one of {_quoted(INDEX_CACHES)}")
         # The record is frozen for its readers; globs are brought to one form before anybody reads them.
         object.__setattr__(self, "include", self._globs("include"))
         object.__setattr__(self, "exclude", self._globs("exclude"))

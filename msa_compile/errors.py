@@ -118,7 +118,7 @@ class ExportCacheError(MSAError, ValueError):
 
 
 class ExportIndexerError(MSAError, ValueError):
-    """Raised when a site would select by something else in an artifact than in the model: keys, or exact scores."""
+    """Raised when a site would select by something else in an artifact than in the model."""
 
 
 class ExportMemoryError(MSAError, ValueError):

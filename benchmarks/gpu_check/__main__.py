@@ -45,6 +45,8 @@ ROWS = (
     *(Wanted("decode", _QWEN, length, indexer=kind) for length in (32 * K, 128 * K) for kind in ("learned", "keys")),
     *(Wanted("backward", _PAPER, length, "correlated") for length in (8 * K, 32 * K)),
     Wanted("decode", _PAPER, 512 * K),
+    *(Wanted("decode", heads, 128 * K, has_bytes=True) for heads in (_PAPER, _QWEN)),
+    Wanted("decode", _PAPER, 1024 * K, has_bytes=True),
     *(Wanted("decode", _PAPER, length, batch=16) for length in (32 * K, 128 * K)),
     *(Wanted("prefill", _PAPER, length) for length in (512 * K, 1024 * K)),
 )
@@ -103,6 +105,7 @@ def _time(findings: Findings, device: torch.device, is_dry: bool, left: Callable
             Wanted("prefill", (2, 1, 16), 40, "correlated"),
             Wanted("prefill", (2, 1, 16), 40, candidates=4),
             Wanted("decode", (2, 1, 16), 40, indexer="keys"),
+            Wanted("decode", (2, 1, 16), 40, has_bytes=True),
             Wanted("backward", (2, 1, 16), 40),
         )
         budget = {"block_size": 8, "topk": 3}

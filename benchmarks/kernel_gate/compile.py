@@ -36,6 +36,7 @@ class Compiled:
         shared: Bytes of shared memory of a program.
         products: Matrix instructions by kind: ``wgmma``, ``mma.sync``, ``tcgen05``; and those of them that are of e4m3.
         copies: Asynchronous copies from global to shared memory.
+        flushes: Instructions that take denormal numbers for 0.
     """
 
     registers: int
@@ -43,6 +44,7 @@ class Compiled:
     shared: int
     products: dict[str, int]
     copies: int
+    flushes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -105,6 +107,7 @@ def compile_launch(launch: Launch, chip: Chip) -> Compiled:
             "of e4m3": len(re.findall(r"\.e4m3\.e4m3|kind::f8f6f4", ptx)),
         },
         copies=len(re.findall(r"cp\.async\.c[ag]", ptx)) + len(re.findall(r"cp\.async\.bulk", ptx)),
+        flushes=len(re.findall(r"\.ftz\b", ptx)),
     )
 
 

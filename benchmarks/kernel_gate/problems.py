@@ -30,6 +30,7 @@ class Problem:
         is_backward: The gradients of the attention, and no forward.
         order: Of many queries, ``"tiles"`` or ``"blocks"``; default as shapes choose.
         candidates: Blocks a query that are scored again; the selection alone, on chips that multiply e4m3.
+        has_bytes: Index keys are bytes of e4m3; the selection alone.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Problem:
     is_backward: bool = False
     order: str | None = None
     candidates: int = 0
+    has_bytes: bool = False
 
 
 K = 1024
@@ -74,6 +76,9 @@ PROBLEMS = {
         Problem("fp8 scores, everything", (64, 8, 64), 8 * K, 8 * K, batch=2, has_everything=True, candidates=32),
         Problem("decode, 16 heads a group", (64, 4, 128), 1, 128 * K),
         Problem("decode, 4 heads a group, own keys", (32, 8, 128), 1, 128 * K, is_shared=False, batch=16),
+        Problem("decode, fp8 index keys, 16 heads a group", (64, 4, 128), 1, 128 * K, has_bytes=True),
+        Problem("decode, fp8 index keys, 4 queries", (32, 8, 128), 4, 128 * K, batch=16, has_bytes=True),
+        Problem("decode, fp8 index keys, everything", (64, 8, 64), 4, 32 * K, has_everything=True, has_bytes=True),
         Problem("decode, D 256", (16, 8, 256), 1, 32 * K),
         Problem("decode, one group, documents", (8, 1, 128), 1, 32 * K, has_documents=True),
         Problem("decode, everything", (64, 8, 64), 4, 32 * K, batch=2, has_everything=True),
@@ -145,11 +150,13 @@ def launches_of(problem: Problem, chip: Chip) -> Iterator[Launch]:
         )
         return
     index_key = of_rows(1 if problem.is_shared else groups, keys)
+    if problem.has_bytes:
+        index_key = index_key.to(torch.uint8)
     if problem.candidates and chip.capability < 89:
         return
     how: dict[str, Any] = {"local_blocks": 1, "sink_blocks": 0, "candidates": problem.candidates}
     yield from _first_of_each(selection.find_launches(of_rows(groups, queries), index_key, block_ids, **how, **common))
-    if problem.candidates:
+    if problem.candidates or problem.has_bytes:
         return
     yield from _first_of_each(
         attention.find_launches(

@@ -107,16 +107,18 @@ def check_indexers(sites: Collection[Site], learned: Collection[str]) -> None:
 
 
 def check_scores(config: MSAConfig) -> None:
-    """Refuse scores that no artifact has.
+    """Refuse scores and index keys that no artifact has.
 
     Raises:
-        ExportIndexerError: ``index_scores`` is not ``"exact"``.
+        ExportIndexerError: ``index_scores`` or ``index_cache`` is not ``"exact"``.
     """
-    if config.index_scores != "exact":
-        raise ExportIndexerError(
-            f'the model selects with index_scores="{config.index_scores}", and an artifact with exact scores, so that '
-            'its blocks may be others. Nothing was written. Sparsify with MSAConfig(index_scores="exact") to export.'
-        )
+    for field in ("index_scores", "index_cache"):
+        if getattr(config, field) != "exact":
+            raise ExportIndexerError(
+                f'the model selects with {field}="{getattr(config, field)}", and an artifact by exact scores of exact '
+                f"keys, so that its blocks may be others. Nothing was written. To export, sparsify with "
+                f'MSAConfig({field}="exact").'
+            )
 
 
 def trust_index_keys(gm: GraphModule) -> None:

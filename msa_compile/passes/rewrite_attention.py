@@ -57,7 +57,10 @@ def rewrite_attention(
     shared: dict[str, Any] = {"block_size": config.block_size, "dense_below": dense_below, **position}
     budget = {"topk": config.topk_blocks, "local_blocks": config.local_blocks, "sink_blocks": config.sink_blocks}
     budget["candidates"] = config.candidates
-    branch = None if index is None else insert_index_branch(emit, index, name, proved.key.count, learns=learns)
+    branch = None
+    if index is not None:
+        rounds = config.index_cache == "fp8" and not learns
+        branch = insert_index_branch(emit, index, name, proved.key.count, learns=learns, rounds=rounds)
     if branch is None:
         by_keys = _group_mean(emit, query, proved.key.count)
         block_ids = emit(torch.ops.msa.select_blocks.default, by_keys, key, **budget, **shared)

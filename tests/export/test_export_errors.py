@@ -57,10 +57,11 @@ def test_a_model_that_is_not_sparsified_is_refused(tmp_path):
         msa_compile.export(ZOO["nanogpt"].build(), tmp_path / "m.onnx", example_inputs=tokens(1, 9))
 
 
-def test_scores_that_no_artifact_has_are_refused(tmp_path):
+@pytest.mark.parametrize("field", ["index_scores", "index_cache"])
+def test_scores_and_index_keys_that_no_artifact_has_are_refused(field, tmp_path):
     inputs = (tokens(2, 23),)
-    model = sparse(ZOO["nanogpt"].build(), inputs, index_scores="fp8")
-    with pytest.raises(ExportIndexerError, match='index_scores="exact"'):
+    model = sparse(ZOO["nanogpt"].build(), inputs, **{field: "fp8"})
+    with pytest.raises(ExportIndexerError, match=f'{field}="exact"'):
         msa_compile.export(model, tmp_path / "m.onnx", example_inputs=inputs, max_length=64)
 
 

@@ -55,7 +55,7 @@ def test_ids_equal_the_float64_oracle(case: Case) -> None:
     laws.assert_equal(found, select(case, oracle.select_blocks))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 def test_halves_of_odd_width_equal_the_reference(dtype: torch.dtype) -> None:
     case = make_case(batch=1, queries=70, keys=161, width=40, block_size=16, choose={"candidates": 5}, dtype=dtype)
     exact = replace(case, index_query=case.index_query.double(), index_key=case.index_key.double())

@@ -27,9 +27,10 @@ from msa_compile.kernels.block_sparse_attention import (
     triton_tiles,
     triton_turn,
 )
+from msa_compile.kernels.chip import CHIPS, Chip
 from msa_compile.kernels.select_blocks import cuda as selection_cuda
 from msa_compile.kernels.select_blocks import triton as selection
-from msa_compile.kernels.select_blocks import triton_choose, triton_rescore, triton_scores
+from msa_compile.kernels.select_blocks import triton_choose, triton_fused, triton_rescore, triton_scores
 
 OPS = Implementation(select_blocks, block_sparse_attention)
 
@@ -43,6 +44,17 @@ def _candidates() -> None:
     query, key = torch.randn(2, 1, 1, 40, 8, generator=generator)
     options = {"block_size": 4, "topk": 3, "candidates": 4}
     laws.assert_equal(selection_cuda.select_blocks(query, key, **options), oracle.select_blocks(query, key, **options))
+
+
+def _in_one_kernel() -> None:
+    ones = torch.ones(1, 2, 50, 16, dtype=torch.bfloat16)
+    keys = torch.arange(350).div(70, rounding_mode="floor").eq(1)[:, None].expand(1, 1, 350, 16).bfloat16()
+    options = {"block_size": 70, "topk": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        # A chip that one program fills.
+        patch.setattr(selection, "chip_of", lambda device: Chip(90, CHIPS[90].shared_memory, 0))
+        found = selection_cuda.select_blocks(ones, keys, **options)
+    laws.assert_equal(found, oracle.select_blocks(ones, keys, **options))
 
 
 def _few_queries() -> None:
@@ -131,6 +143,22 @@ MUTANTS = {
         "tl.store(place, found, mask=is_candidate)",
         "tl.store(place, found, mask=is_candidate & (found > 1e30))",
         _candidates,
+    ),
+    "in one kernel: ties to the higher id": (
+        triton_fused,
+        selection,
+        "score_and_choose",
+        "(-block + _LAST_ID)",
+        "block",
+        _in_one_kernel,
+    ),
+    "in one kernel: forced blocks are not": (
+        triton_fused,
+        selection,
+        "score_and_choose",
+        "rank = tl.where(is_forced, _FORCED, rank)",
+        "rank = tl.where(is_forced, rank, rank)",
+        _in_one_kernel,
     ),
     "drops block 0": (
         triton_lists,
@@ -271,6 +299,7 @@ SLOW = (
     "the first part of a block is dropped",
     "blocks outside: the token after the last",
     "blocks outside: the first block is not merged",
+    "in one kernel: forced blocks are not",
 )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from msa_compile.kernels.autocast import register_autocast
+from msa_compile.kernels.select_blocks.e4m3 import is_nan
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def sees_unwritten(
     is_causal: bool,
 ) -> bool:
     """Whether some query may see a slot without an index key."""
-    unwritten = index_key[:, 0, :, 0].isnan()
+    unwritten = is_nan(index_key[:, 0, :, 0])
     if not unwritten.any():
         return False
     slots = torch.arange(index_key.shape[2], device=index_key.device)

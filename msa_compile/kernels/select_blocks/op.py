@@ -1,7 +1,6 @@
 """The op `msa::select_blocks`: schema, fake, autocast, and the public function that checks arguments and calls it."""
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from msa_compile.kernels.arguments import (
 from msa_compile.kernels.autocast import register_autocast
 from msa_compile.kernels.register import register
 from msa_compile.kernels.select_blocks import cpu, cuda, reference
+from msa_compile.kernels.select_blocks.e4m3 import from_e4m3
 
 
 def select_blocks(
@@ -59,7 +59,8 @@ def select_blocks(
 
     Args:
         index_query: `[B, Hkv, Tq, D]` floating point.
-        index_key: `[B, Hkv, Tk, D]`, or `[B, 1, Tk, D]` for one key head shared by all groups; dtype of `index_query`.
+        index_key: `[B, Hkv, Tk, D]`, or `[B, 1, Tk, D]` for one key head shared by all groups; dtype of `index_query`,
+            or uint8, the bytes of e4m3 numbers (`e4m3.py`), which are multiplied as the numbers that they are.
         block_size: slots a block, at least 1.
         topk: places a query, at least `local_blocks + sink_blocks`.
         local_blocks: newest blocks that are always chosen, at least 1.
@@ -85,9 +86,10 @@ def select_blocks(
     check_floating("index_query", index_query)
     batch, groups, query_length, width = index_query.shape
     check_device("index_key", index_key, index_query.device)
-    if index_key.dtype != index_query.dtype:
+    if index_key.dtype not in (index_query.dtype, torch.uint8):
         raise KernelArgumentError(
-            f"index_key: found dtype {index_key.dtype}; legal is {index_query.dtype}, the dtype of index_query"
+            f"index_key: found dtype {index_key.dtype}; legal are {index_query.dtype}, the dtype of index_query, and "
+            "torch.uint8, the bytes of e4m3 numbers"
         )
     check_size("index_key", index_key, 0, batch, "the batch of index_query")
     check_size("index_key", index_key, 3, width, "the width of index_query")
@@ -139,8 +141,20 @@ def select_blocks(
 _FEW_QUERIES = 16
 
 
-def _run_with(implementation: ModuleType, by_candidates: ModuleType) -> Callable[..., Tensor]:
-    """Make the op's kernel of a module that implements it, and one that implements it with candidates."""
+def _on_cpu(index_query: Tensor, index_key: Tensor, *, candidates: int, **options: Any) -> Tensor:
+    if index_key.dtype == torch.uint8:
+        index_key = from_e4m3(index_key, index_query.dtype)
+    if candidates:
+        return reference.select_blocks(index_query, index_key, candidates=candidates, **options)
+    return cpu.select_blocks(index_query, index_key, **options)
+
+
+def _on_cuda(index_query: Tensor, index_key: Tensor, **options: Any) -> Tensor:
+    return cuda.select_blocks(index_query, index_key, **options)
+
+
+def _run_with(select: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make the op's kernel of what selects on a device."""
 
     def run(
         index_query: Tensor,
@@ -162,21 +176,22 @@ def _run_with(implementation: ModuleType, by_candidates: ModuleType) -> Callable
             # The attention op ignores the ids of a call this short. Decided here, from the size at hand: a cache that
             # grows past the bound needs no new graph.
             return index_query.new_full((*index_query.shape[:3], topk), -1, dtype=torch.int32)
-        options = {
-            "block_size": block_size,
-            "topk": topk,
-            "local_blocks": local_blocks,
-            "sink_blocks": sink_blocks,
-            "query_start": query_start,
-            "key_start": key_start,
-            "key_end": key_end,
-            "document_start": document_start,
-            "mask": mask,
-            "is_causal": is_causal,
-        }
-        if index_query.shape[2] > _FEW_QUERIES and index_key.shape[2] > candidates * block_size > 0:
-            return by_candidates.select_blocks(index_query, index_key, candidates=candidates, **options)
-        return implementation.select_blocks(index_query, index_key, **options)
+        is_worth_it = index_query.shape[2] > _FEW_QUERIES and index_key.shape[2] > candidates * block_size
+        return select(
+            index_query,
+            index_key,
+            block_size=block_size,
+            topk=topk,
+            local_blocks=local_blocks,
+            sink_blocks=sink_blocks,
+            query_start=query_start,
+            key_start=key_start,
+            key_end=key_end,
+            document_start=document_start,
+            mask=mask,
+            is_causal=is_causal,
+            candidates=candidates if is_worth_it else 0,
+        )
 
     return run
 
@@ -185,6 +200,6 @@ def _fake(index_query: Tensor, index_key: Tensor, block_size: int, topk: int, *r
     return index_query.new_empty((*index_query.shape[:3], topk), dtype=torch.int32)
 
 
-register("select_blocks", cpu=_run_with(cpu, reference), cuda=_run_with(cuda, cuda), fake=_fake)
+register("select_blocks", cpu=_run_with(_on_cpu), cuda=_run_with(_on_cuda), fake=_fake)
 # Index scores keep the precision of their inputs: autocast would round the products that are compared.
 register_autocast("select_blocks", cast_first=0)

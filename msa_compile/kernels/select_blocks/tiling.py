@@ -26,6 +26,8 @@ _SINGLES = ((16, 64, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1))
 _AGAIN = _HALVES
 # Programs that share the list of a tile make up so many a processor, and have so many blocks each, if all are listed.
 _PROGRAMS_AGAIN, _BLOCKS_AGAIN = 4, 8
+# Places of a running choice that stay in registers beside the scores of so many rows, on Hopper.
+_FUSED = {256: 16, 128: 32}
 # A tile packs at most so many groups: more of them leave too few queries.
 _PACKED = 64
 
@@ -100,6 +102,22 @@ def cut_scores(
     steps = divide_up(blocks, blocks_a_step)
     steps_a_split = divide_up(steps, max(1, min(steps, wanted // programs)))
     return ScoreGrid(tile, heads, rows // packed, steps_a_split * blocks_a_step, divide_up(steps, steps_a_split))
+
+
+def fuse_choice(chip: Chip, grid: ScoreGrid, *, topk: int, item_size: int) -> Tile | None:
+    """Choose the tile of `score_and_choose`, that of the scores; None where the choice does not fit beside them.
+
+    Where programs share the keys of a query none of them can choose, and a tile of several blocks, of one group, or of
+    float32, has no registers left. Calls with a mask, documents or padding do not ask.
+    """
+    sizes = grid.tile.sizes
+    places = power_of_two_from(topk, 16)
+    fits = places <= _FUSED.get(sizes["PACKED_GROUPS"] * sizes["QUERIES"], 0) and item_size == 2
+    is_simple = sizes["BLOCKS"] == 1 and sizes["PACKED_GROUPS"] > 1 and grid.splits == 1
+    if chip.capability != 90 or not is_simple or not fits:
+        return None
+    kept = {name: size for name, size in sizes.items() if name != "BLOCKS"}
+    return Tile({**kept, "PLACES": places}, grid.tile.warps, grid.tile.stages)
 
 
 def cut_candidates(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from msa_compile.kernels.chip import Chip, chip_of
 from msa_compile.kernels.launch import Launch, Tile, divide_up
+from msa_compile.kernels.select_blocks.e4m3 import from_e4m3
 from msa_compile.kernels.select_blocks.tiling import (
     ScoreGrid,
     choose_list_tile,
@@ -19,14 +20,18 @@ from msa_compile.kernels.select_blocks.tiling import (
     choose_tile,
     cut_candidates,
     cut_scores,
+    fuse_choice,
 )
 from msa_compile.kernels.select_blocks.triton_choose import choose_blocks, keep_candidates
+from msa_compile.kernels.select_blocks.triton_fused import score_and_choose
 from msa_compile.kernels.select_blocks.triton_rescore import list_candidates, rescore_blocks
 from msa_compile.kernels.select_blocks.triton_round import round_keys
 from msa_compile.kernels.select_blocks.triton_scores import score_blocks
 
 # Block scores held at once, in elements: 1 GiB.
 _WORKSPACE = 1 << 28
+# Up to this many queries keys of a byte a number are read as such; more of them would make numbers of them many times.
+_FEW_QUERIES = 16
 
 
 def select_blocks(
@@ -86,11 +91,17 @@ def find_launches(
     is_causal: bool,
     chip: Chip,
     candidates: int = 0,
+    fuses: bool = True,
 ) -> Iterator[Launch]:
-    """Give the launches of a call that writes `block_ids`, in order; no tensor is read, so they may be on `meta`."""
+    """Give the launches of a call that writes `block_ids`, in order; no tensor is read, so they may be on `meta`.
+
+    Where shapes allow it one kernel does it all, unless `fuses` is false.
+    """
     batch, groups, query_length, width = index_query.shape
     key_length, topk = index_key.shape[2], block_ids.shape[3]
     blocks = divide_up(key_length, block_size)
+    if index_key.dtype == torch.uint8 and query_length > _FEW_QUERIES:
+        index_key = from_e4m3(index_key, index_query.dtype)
     index_query, index_key = _with_adjacent_channels(index_query), _with_adjacent_channels(index_key)
     bounds = {
         "query_start": _contiguous(query_start),
@@ -100,6 +111,7 @@ def find_launches(
         "query_length": query_length,
         "key_length": key_length,
     }
+    budget = {"local_blocks": local_blocks, "sink_blocks": sink_blocks}
     shown = None
     if mask is not None:
         shown = mask.expand(batch, groups, query_length, key_length).view(torch.uint8)
@@ -116,6 +128,13 @@ def find_launches(
     }
     item_size = index_query.dtype.itemsize
     grid = cut_scores(chip, item_size=1 if candidates else item_size, **sizes)
+    if fuses and not candidates:
+        whole = cut_scores(chip, item_size=item_size, **{**sizes, "query_length": query_length})
+        is_plain = mask is None and document_start is None and key_start is None and key_end is None
+        one = fuse_choice(chip, whole, topk=topk, item_size=item_size) if is_plain else None
+        if one is not None:
+            yield _fused(one, index_query, index_key, block_ids, bounds, budget, block_size, is_causal=is_causal)
+            return
     tile = choose_tile(query_length=chunk, blocks=blocks, topk=topk)
     scores = torch.empty(batch * groups, blocks, chunk, dtype=torch.float32, device=index_query.device)
     of_mask = {
@@ -145,7 +164,6 @@ def find_launches(
             "BLOCK_SIZE": block_size,
             "IS_CAUSAL": is_causal,
         }
-        forced = {"local_blocks": local_blocks, "sink_blocks": sink_blocks}
         yield Launch(
             score_blocks,
             (divide_up(end - start, grid.queries), batch * grid.heads, grid.splits),
@@ -162,8 +180,8 @@ def find_launches(
         )
         of_rows = (divide_up(end - start, tile.sizes["ROWS"]), batch * groups, 1)
         if again is not None:
-            yield from again.launches(common, forced, of_queries, of_rows, tile, candidates)
-        yield Launch(choose_blocks, of_rows, {**common, **forced, "block_ids": block_ids, "topk": topk}, tile)
+            yield from again.launches(common, budget, of_queries, of_rows, tile, candidates)
+        yield Launch(choose_blocks, of_rows, {**common, **budget, "block_ids": block_ids, "topk": topk}, tile)
 
 
 class _Again:
@@ -204,6 +222,30 @@ class _Again:
             {**common, **of_queries, **_of_keys(self.index_key), **listed},
             grid.tile,
         )
+
+
+def _fused(
+    tile: Tile,
+    index_query: Tensor,
+    index_key: Tensor,
+    block_ids: Tensor,
+    bounds: Mapping[str, Any],
+    budget: Mapping[str, int],
+    block_size: int,
+    *,
+    is_causal: bool,
+) -> Launch:
+    batch, groups, query_length, width = index_query.shape
+    given = {"index_query": index_query, **_strides("query", index_query), "index_key": index_key, **budget}
+    given |= {"key_stride_b": index_key.stride(0), "key_stride_t": index_key.stride(2)}
+    sizes = {"groups": groups, "topk": block_ids.shape[3], "BLOCK_SIZE": block_size, "WIDTH": width}
+    lengths = {name: bounds[name] for name in ("query_start", "query_length", "key_length")}
+    return Launch(
+        score_and_choose,
+        (divide_up(query_length, tile.sizes["QUERIES"]), batch, 1),
+        {**lengths, **given, **sizes, "block_ids": block_ids, "IS_CAUSAL": is_causal},
+        tile,
+    )
 
 
 def _round(index_key: Tensor, rounded: Tensor, scales: Tensor) -> Launch:

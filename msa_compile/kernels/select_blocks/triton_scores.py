@@ -8,7 +8,18 @@ from msa_compile.kernels.triton_rows import bounds_of_rows, product
 
 # The largest finite float32.
 _LARGEST = tl.constexpr(3.4028234663852886e38)
+_TWO_TO_120 = tl.constexpr(2.0**120)
 NO_ANCHOR = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _numbers_of(keys):
+    """Return the e4m3 numbers of bytes in float32, by integers: matrix units need not know the format."""
+    wide = keys.to(tl.int32)
+    size = wide & 0x7F
+    # Bits of the exponent land 120 too low; numbers without a leading bit are such in float32 too.
+    number = (((wide & 0x80) << 24) | (size << 20)).to(tl.float32, bitcast=True) * _TWO_TO_120
+    return tl.where(size == 0x7F, float("nan"), number)
 
 
 @triton.jit
@@ -50,6 +61,8 @@ def pool_scores(
             keys = tl.load(place, mask=is_key[:, None] & (channel < WIDTH)[None, :], other=0.0)
         else:
             keys = tl.load(place)
+        if keys.dtype == tl.uint8:
+            keys = _numbers_of(keys).to(tile_of_queries.dtype)
         score = product(tile_of_queries, tl.trans(keys))
         if scale_row is not None:
             if IS_EDGE or BLOCK_SIZE % SLOTS != 0:
@@ -237,7 +250,7 @@ def score_blocks(
 
     Args:
         index_query: `[B, Hkv, Tq, WIDTH]`, strides given, channels adjacent.
-        index_key: `[B, 1 or Hkv, Tk, WIDTH]`, likewise.
+        index_key: `[B, 1 or Hkv, Tk, WIDTH]`, likewise; uint8 are the bytes of e4m3 numbers.
         key_scales: float32, what e4m3 keys are to be multiplied with, strides given; queries are then rounded to e4m3
             here, and their scales left out, for they change no order. None where keys are what they are.
         scores: `[B * Hkv, N, C]` float32, `C` queries from `chunk_start` on. What a query cannot see at all, blocks
