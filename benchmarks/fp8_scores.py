@@ -8,7 +8,8 @@ Queries and keys are bfloat16 of length 1, as an index branch makes them (times 
 - ``drifting``: each is 0.98 times the one before and a little of its own, so neighbours are alike, keys and queries.
 - ``crowded``: all keys are one vector and 0.2 of a random one, so that blocks hardly differ.
 
-With as many candidates as places, e4m3 alone decides; `MSAConfig(index_scores="fp8")` takes twice as many.
+With as many candidates as places, e4m3 alone decides; `MSAConfig(index_scores="fp8")` takes twice as many. Keys of a
+byte, `MSAConfig(index_cache="fp8")`, are scored by queries as they are.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from msa_compile.kernels import select_blocks
+from msa_compile.kernels.select_blocks.e4m3 import to_e4m3
 
 KEYS, QUERIES, GROUPS, WIDTH, BLOCK, TOPK = 32768, 256, 4, 128, 128, 16
 FACTORS = (1, 1.5, 2, 3)
@@ -51,8 +53,8 @@ KINDS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 }
 
 
-def compare(kind: str) -> Iterator[tuple[int, float, float, float]]:
-    """Give candidates, shares of queries with the same set and of blocks found, and the worst loss, a row a factor.
+def compare(kind: str) -> Iterator[tuple[str, float, float, float]]:
+    """Give what was done, shares of queries with the same set and of blocks found, and the worst loss, a row a factor.
 
     The loss of a query is what the scores of its blocks sum up to less than those of the exact ones, as a share of the
     difference between the best and the worst score of a block.
@@ -68,13 +70,13 @@ def compare(kind: str) -> Iterator[tuple[int, float, float, float]]:
     span = scores.amax(-1) - scores.amin(-1)
     exact = select_blocks(query, key, **options)  # type: ignore[arg-type]
     best = scores.gather(-1, exact.long()).sum(-1)
-    for factor in FACTORS:
-        candidates = int(factor * TOPK)
-        found = select_blocks(query, key, candidates=candidates, **options)  # type: ignore[arg-type]
+    ways = [(f"{int(factor * TOPK)} candidates", key, int(factor * TOPK)) for factor in FACTORS]
+    for name, scored, candidates in (*ways, ("keys of a byte", to_e4m3(key), 0)):
+        found = select_blocks(query, scored, candidates=candidates, **options)  # type: ignore[arg-type]
         is_same = (found == exact).all(-1).float().mean()
         shared = (found[..., :, None] == exact[..., None, :]).any(-1).float().mean()
         loss = (best - scores.gather(-1, found.long()).sum(-1)) / span
-        yield candidates, float(is_same), float(shared), float(loss.max())
+        yield name, float(is_same), float(shared), float(loss.max())
 
 
 def main() -> None:
@@ -84,8 +86,8 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for kind in KINDS:
-        for candidates, same, shared, loss in compare(kind):
-            rows.append(f"| {kind} | {candidates} | {same:.2%} | {shared:.3%} | {loss:.4f} |")
+        for way, same, shared, loss in compare(kind):
+            rows.append(f"| {kind} | {way} | {same:.2%} | {shared:.3%} | {loss:.4f} |")
     head = TEXT.format(torch=torch.__version__, queries=QUERIES * GROUPS, blocks=KEYS // BLOCK, block=BLOCK, topk=TOPK)
     options.out.write_text(head + "\n".join(rows) + "\n")
     print(options.out.read_text())
@@ -98,10 +100,11 @@ blocks of {block} keys, bfloat16 of 128 channels. On a GPU nothing of this has r
 with fewer bits than the reference has.
 
 *candidates*: blocks that are scored again; with {topk} e4m3 alone decides, and 32 is what `index_scores="fp8"` takes.
+*keys of a byte* are those of `index_cache="fp8"`, which no exact keys stand behind.
 *same set*: queries whose blocks are those of exact scores. *found*: blocks of exact scores that are chosen. *worst
 loss*: of any query, what its blocks score less in sum, in parts of the span between its best and worst block.
 
-| queries and keys | candidates | same set | found | worst loss |
+| queries and keys | scores | same set | found | worst loss |
 |---|---|---|---|---|
 """
 

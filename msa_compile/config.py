@@ -56,9 +56,9 @@ class MSAConfig:
         fallback: What becomes of a site whose index branch :func:`msa_compile.calibrate` trained and found not good
             enough: `"keys"` selects by the keys, `"dense"` leaves the site dense.
         index_scores: `"exact"` scores blocks by index queries and keys as they are. `"fp8"` scores them by both rounded
-            to e4m3, twice as fast where matrix units are the limit, and the best `2 * topk_blocks` of a query again by
-            both as they are; a block that e4m3 ranks lower than that is missed. For prompts: calls of at most 16
-            queries score as `"exact"`. On a GPU it needs compute capability 8.9; a CPU computes the same, slower.
+            to e4m3, which is less work where matrix units are the limit, and the best `2 * topk_blocks` of a query
+            again by both as they are; a block that e4m3 ranks lower than that is missed. For prompts: calls of at most
+            16 queries score as `"exact"`. On a GPU it needs compute capability 8.9; a CPU computes the same, slower.
         index_cache: `"exact"` keeps the index keys of a learned indexer as they are, `"fp8"` as e4m3, a byte a number:
             half of what a decode step reads to select, at the price of keys of 3 bits. All calls select by the rounded
             keys, with a cache or without; training and its measures use them as they are.
