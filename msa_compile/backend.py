@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 _numbers = itertools.count()
 _ALWAYS_DENSE = 2**62
-_BUDGET = ("topk", "local_blocks", "sink_blocks")
+_BUDGET = ("topk", "local_blocks", "sink_blocks", "candidates")
 INNER_COMPILERS = ("inductor", "aot_eager", "eager")
 
 

@@ -13,6 +13,9 @@ from msa_compile.errors import ConfigError, UnknownOptionError
 MAX_BLOCK_SIZE = 65536
 INDEXERS = ("auto", "keys", "learned")
 FALLBACKS = ("keys", "dense")
+INDEX_SCORES = INDEX_CACHES = ("exact", "fp8")
+# Blocks that are scored again for each that is chosen, where scores are fp8.
+_CANDIDATES = 2
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,13 @@ class MSAConfig:
             dict becomes a tuple of pairs. :func:`msa_compile.fit_budget` finds them.
         fallback: What becomes of a site whose index branch :func:`msa_compile.calibrate` trained and found not good
             enough: `"keys"` selects by the keys, `"dense"` leaves the site dense.
+        index_scores: `"exact"` scores blocks by index queries and keys as they are. `"fp8"` scores them by both rounded
+            to e4m3, which is less work where matrix units are the limit, and the best `2 * topk_blocks` of a query
+            again by both as they are; a block that e4m3 ranks lower than that is missed. For prompts: calls of at most
+            16 queries score as `"exact"`. On a GPU it needs compute capability 8.9; a CPU computes the same, slower.
+        index_cache: `"exact"` keeps the index keys of a learned indexer as they are, `"fp8"` as e4m3, a byte a number:
+            half of what a decode step reads to select, at the price of keys of 3 bits. All calls select by the rounded
+            keys, with a cache or without; training and its measures use them as they are.
 
     Raises:
         ConfigError: A field is outside its legal range.
@@ -68,6 +78,8 @@ class MSAConfig:
     strict: bool = False
     budgets: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
     fallback: Literal["keys", "dense"] = "keys"
+    index_scores: Literal["exact", "fp8"] = "exact"
+    index_cache: Literal["exact", "fp8"] = "exact"
 
     def __post_init__(self) -> None:
         self._check_int("block_size", 1, MAX_BLOCK_SIZE)
@@ -80,6 +92,12 @@ class MSAConfig:
         fallback: object = self.fallback
         if not (isinstance(fallback, str) and fallback in FALLBACKS):
             self._refuse("fallback", f"one of {_quoted(FALLBACKS)}")
+        index_scores: object = self.index_scores
+        if not (isinstance(index_scores, str) and index_scores in INDEX_SCORES):
+            self._refuse("index_scores", f"one of {_quoted(INDEX_SCORES)}")
+        index_cache: object = self.index_cache
+        if not (isinstance(index_cache, str) and index_cache in INDEX_CACHES):
+            self._refuse("index_cache", f"one of {_quoted(INDEX_CACHES)}")
         # The record is frozen for its readers; globs are brought to one form before anybody reads them.
         object.__setattr__(self, "include", self._globs("include"))
         object.__setattr__(self, "exclude", self._globs("exclude"))
@@ -133,6 +151,11 @@ class MSAConfig:
         """The config of the site with the module path `name`: `topk_blocks` is its own, and `budgets` is empty."""
         own = (topk for glob, topk in self.own_budgets if fnmatchcase(name, glob))
         return replace(self, topk_blocks=next(own, self.topk_blocks), budgets=())
+
+    @property
+    def candidates(self) -> int:
+        """Blocks of a query that are scored again, by `index_scores`; 0 where all are scored once."""
+        return _CANDIDATES * self.topk_blocks if self.index_scores == "fp8" else 0
 
     def resolved_dense_below(self) -> int:
         """The number of keys up to which a call takes the dense path; the least that it can be for `"auto"`.

@@ -118,7 +118,7 @@ class ExportCacheError(MSAError, ValueError):
 
 
 class ExportIndexerError(MSAError, ValueError):
-    """Raised when a site selects by an indexer in the model, and an artifact cannot, or would select by the keys."""
+    """Raised when a site would select by something else in an artifact than in the model, or cannot be written."""
 
 
 class ExportMemoryError(MSAError, ValueError):

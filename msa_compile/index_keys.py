@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from msa_compile._compat import WeakTensorKeyDictionary, is_traceable_wrapper_subclass
+from msa_compile.kernels.select_blocks import nan_in
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class IndexBinding:
     Attributes:
         site: Name of the site.
         weights: Places of the indexer's weights among the graph's inputs.
-        dtype: Of the index keys.
+        dtype: Of the index keys; uint8 are the bytes of e4m3 numbers.
         source: Place among the inputs of the key cache that is handed in, or ``None`` when the graph makes it.
         dims: For each dimension of the index keys the dimension of the cache that it equals, ``None`` for the one head.
         grows: Whether the graph returns longer index keys; otherwise it writes into those that it was given.
@@ -113,9 +114,11 @@ class IndexKeys:
             if state.version == _version(cache) and state.generation == _generation(binding, args):
                 return state.keys
             # Written in place, so that a cache of fixed place has index keys of fixed place.
-            return state.keys.detach().fill_(torch.nan) if not binding.grows else torch.full_like(state.keys, torch.nan)
+            if binding.grows:
+                return torch.full_like(state.keys, nan_in(binding.dtype))
+            return state.keys.detach().fill_(nan_in(binding.dtype))
         with torch.inference_mode(False):  # a cache may outlive the mode of one call
-            return torch.full(shape, torch.nan, dtype=binding.dtype, device=cache.device)
+            return torch.full(shape, nan_in(binding.dtype), dtype=binding.dtype, device=cache.device)
 
     def _keep(self, binding: IndexBinding, cache: Tensor, keys: Tensor, args: Sequence[Any]) -> None:
         version, generation, keys = _version(cache), _generation(binding, args), _versioned(keys.detach().contiguous())

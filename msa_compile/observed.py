@@ -22,7 +22,7 @@ class SiteCall:
         index_key: ``[B, 1, Tk, D]``, likewise; a slot that was not written begins with NaN.
         query: ``[B, Hq, Tq, D]``, as attention takes it.
         key, value: ``[B, Hkv, Tk, D]``.
-        budget: ``topk``, ``local_blocks`` and ``sink_blocks``, for ``msa::select_blocks``.
+        budget: ``topk``, ``local_blocks``, ``sink_blocks`` and ``candidates``, for ``msa::select_blocks``.
         bounds: ``block_size`` and what a query sees, as both ops take it: ``query_start``, ``mask``, ...
         factors: ``scale``, ``softcap`` and ``sinks``, for ``msa::block_sparse_attention``.
     """

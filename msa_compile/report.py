@@ -107,7 +107,12 @@ class Report:
             for glob, _ in self.config.own_budgets
             if not any(fnmatchcase(site.name, glob) for site in self.sites)
         ]
-        return [f"  {line}" for line in (*said, *unused)]
+        rounded = []
+        if self.config.index_scores == "fp8":
+            rounded.append(f"index scores of prompts are fp8, the best {self.config.candidates} blocks scored again")
+        if self.config.index_cache == "fp8":
+            rounded.append("index keys of learned indexers are fp8")
+        return [f"  {line}" for line in (*said, *unused, *rounded)]
 
     def _indexers(self) -> list[str]:
         learned = sum(site.indexer == "learned" for site in self.sparse)

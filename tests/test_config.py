@@ -16,6 +16,12 @@ def test_defaults_are_the_published_ones():
     assert (config.block_size, config.topk_blocks, config.local_blocks, config.sink_blocks) == (128, 16, 1, 0)
     assert (config.indexer, config.include, config.exclude) == ("auto", ("*",), ())
     assert (config.dense_below, config.strict, config.budgets) == ("auto", False, ())
+    assert (config.index_scores, config.candidates, config.index_cache) == ("exact", 0, "exact")
+
+
+def test_fp8_scores_have_twice_as_many_candidates_as_a_site_has_blocks():
+    config = MSAConfig(topk_blocks=5, budgets={"a": 8}, index_scores="fp8")
+    assert (config.candidates, config.for_site("a").candidates) == (10, 16)
 
 
 def test_config_is_frozen_hashable_and_survives_pickling():
@@ -45,6 +51,9 @@ def test_config_is_frozen_hashable_and_survives_pickling():
         ("indexer", "keyz", "one of 'auto', 'keys'"),
         ("indexer", None, "one of 'auto', 'keys'"),
         ("indexer", ["keys"], "one of 'auto', 'keys'"),
+        ("index_scores", "fp4", "one of 'exact', 'fp8'"),
+        ("index_scores", 8, "one of 'exact', 'fp8'"),
+        ("index_cache", None, "one of 'exact', 'fp8'"),
         ("include", 3, "a glob over module paths"),
         ("include", ("*", 3), "a glob over module paths"),
         ("include", (), "at least one glob"),

@@ -17,6 +17,8 @@ from msa_compile.kernels.block_sparse_attention.reference import Gradients
 from msa_compile.kernels.index_loss import triton as loss_kernels
 from msa_compile.kernels.index_loss.align_loss import AlignSums, Support
 from msa_compile.kernels.select_blocks import reference as selection_reference
+from msa_compile.kernels.select_blocks.e4m3 import from_e4m3, to_e4m3
+from msa_compile.kernels.triton_support import why_no_e4m3
 
 
 def _attend_by_blocks(*tensors: Tensor, **options: Any) -> Tensor:
@@ -53,6 +55,8 @@ class Check:
         block_size, topk: Keys in a block, blocks a query.
         is_shared: One index key for all groups.
         has: Names of what bounds the slots, and of ``sinks``, ``softcap`` and ``window``.
+        candidates: Blocks a query that are scored again, where scores are fp8.
+        has_bytes: Index keys are bytes of e4m3.
         is_whole: The other order, the gradients and the index loss too; not everywhere, for each is some kernels more
             to compile.
     """
@@ -67,6 +71,8 @@ class Check:
     is_shared: bool = True
     has: frozenset[str] = field(default_factory=frozenset)
     is_whole: bool = False
+    candidates: int = 0
+    has_bytes: bool = False
 
 
 _BOUNDS = frozenset({"query_start", "key_start", "key_end", "document_start", "mask"})
@@ -91,6 +97,15 @@ CHECKS = (
     Check("float32, gradients", (8, 2, 64), 300, 500, torch.float32, block_size=32, is_whole=True),
     Check("a chunk of a prompt", (32, 8, 128), 300, 1031),
     Check("logits", (16, 2, 128), 500, 500, has=_LOGITS, is_whole=True),
+    # Long enough that one kernel scores and chooses.
+    Check("chosen where it is scored", (4, 4, 128), 4500, 4500, topk=16),
+    Check("chosen where it is scored, a chunk", (4, 4, 64), 4300, 4500, topk=9, has=frozenset({"query_start"})),
+    Check("fp8 scores", (64, 4, 128), 1031, 1031, candidates=6),
+    Check("fp8 scores, keys of their own", (4, 4, 64), 700, 700, block_size=32, is_shared=False, candidates=6),
+    Check("fp8 scores, everything", (16, 2, 64), 300, 700, has=_BOUNDS, block_size=64, candidates=5),
+    Check("fp8 index keys, prefill", (32, 8, 128), 300, 1031, has_bytes=True),
+    Check("fp8 index keys, decode", (64, 4, 128), 1, 1031, has_bytes=True),
+    Check("fp8 index keys, everything", (16, 2, 64), 3, 700, has=_BOUNDS, block_size=64, has_bytes=True),
     Check("ragged rows", (16, 2, 128), 500, 500, has=frozenset({"key_start", "key_end"}), is_whole=True),
     Check("documents", (16, 2, 128), 500, 500, has=frozenset({"document_start"}), is_whole=True),
     Check("mask", (16, 2, 128), 500, 500, has=frozenset({"mask"})),
@@ -102,6 +117,8 @@ CHECKS = (
 def run_checks(ops: Ops, device: torch.device, *, shrink: int = 1) -> Iterator[tuple[str, str]]:
     """Give the name of each check and what is wrong, the empty text if nothing is; lengths are divided by `shrink`."""
     for check in CHECKS:
+        if check.candidates and why_no_e4m3(device):
+            continue
         yield check.name, _run(ops, check, device, shrink)
     yield "values that are not finite", _check_poison(ops, device)
     yield "two runs give the same bits", _check_bits(ops, device, shrink)
@@ -156,9 +173,11 @@ def _make(check: Check, device: torch.device, shrink: int) -> _Inputs:
         outside |= slot >= last[:, None]
     for name in ("key", "value", "index_key"):
         tensors[name] = tensors[name].masked_fill(outside.to(device)[:, None, :, None], float("nan"))
+    if check.has_bytes:
+        tensors["index_key"] = to_e4m3(tensors["index_key"])
     return _Inputs(
         tensors,
-        {"block_size": max(4, check.block_size // shrink), "topk": check.topk},
+        {"block_size": max(4, check.block_size // shrink), "topk": check.topk, "candidates": check.candidates},
         {name: value for name, value in logits.items() if name in check.has},
         bounds,
     )
@@ -168,7 +187,7 @@ def _run(ops: Ops, check: Check, device: torch.device, shrink: int) -> str:
     inputs = _make(check, device, shrink)
     size, tensors = inputs.choose["block_size"], inputs.tensors
     ids, output = _both(ops, inputs)
-    doubles = {name: tensor.double() for name, tensor in tensors.items()}
+    doubles = {name: _in_float64(tensor) for name, tensor in tensors.items()}
     expected_ids = selection_reference.select_blocks(
         doubles["index_query"], doubles["index_key"], **inputs.choose, **inputs.bounds
     )
@@ -186,6 +205,10 @@ def _run(ops: Ops, check: Check, device: torch.device, shrink: int) -> str:
         return f"with blocks outside: {said}"
     said = _compare_gradients(ops, operands, exact, options, TOLERANCE[check.dtype])
     return said or compare_loss(ops.align, tensors, ids, options)
+
+
+def _in_float64(tensor: Tensor) -> Tensor:
+    return from_e4m3(tensor, torch.float64) if tensor.dtype == torch.uint8 else tensor.double()
 
 
 def _compare(output: Tensor, expected: Tensor, tolerance: float) -> str:

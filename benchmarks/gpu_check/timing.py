@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from msa_compile.kernels.block_sparse_attention import triton as attention
 from msa_compile.kernels.chip import chip_of
 from msa_compile.kernels.launch import Launch
 from msa_compile.kernels.select_blocks import triton as selection
+from msa_compile.kernels.select_blocks.e4m3 import from_e4m3, to_e4m3
 from msa_compile.kernels.stopwatch import seconds_of
 
 # Neighbours whose index queries are alike, in a correlated selection, and how much of a query is its own.
@@ -42,12 +43,13 @@ class Row:
         heads: ``"Hq,Hkv,D"``.
         length, batch: Tokens of the key cache, rows.
         selection: ``"random"`` or ``"correlated"``; of the index loss also ``"all keys"``.
-        indexer: ``"learned"`` (one index key) or ``"keys"``.
+        indexer: ``"learned"`` (one index key) or ``"keys"``, and what is fp8: scores, or index keys.
         gate: ``"green ..."``, or what was found wrong.
         blocks_a_tile: Mean number of different blocks of a tile of queries; ``None`` in decode.
         queries_a_tile: How many queries that is of.
         kernels: Seconds of each kernel, of all its launches.
-        orders: Seconds of attention with tiles and with blocks outside, whichever the shape chooses; prefill only.
+        orders: Seconds of attention with tiles and with blocks outside, whichever the shape chooses, and of a selection
+            in two kernels where one does it; prefill only.
         seconds: Of the whole call; ``graph_seconds`` of the same as a CUDA graph.
         dense: Seconds of dense attention by backend, as called or as a graph, as the sparse call.
         is_dense_sampled: Whether that was scaled up from some of the queries.
@@ -83,7 +85,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A row to measure; see ``Row``."""
+    """A row to measure; see ``Row``.
+
+    With ``candidates`` scores are fp8, and so many blocks are scored again; with ``has_bytes`` index keys are fp8.
+    """
 
     case: str
     heads: tuple[int, int, int]
@@ -91,6 +96,8 @@ class Wanted:
     selection: str = "random"
     indexer: str = "learned"
     batch: int = 1
+    candidates: int = 0
+    has_bytes: bool = False
 
 
 def measure(wanted: Wanted, device: torch.device, roofline: Roofline, *, block_size: int = 128, topk: int = 16) -> Row:
@@ -100,15 +107,23 @@ def measure(wanted: Wanted, device: torch.device, roofline: Roofline, *, block_s
     operands = make_operands(wanted, setting, 1 if is_decode else wanted.length)
     ids = torch.empty(*operands.index_query.shape[:3], topk, dtype=torch.int32, device=device)
     output = torch.empty_like(operands.query)
-    launches = [*selection_launches(operands, ids, block_size), *_attention(operands, ids, output, block_size)]
+    launches = [
+        *selection_launches(operands, ids, block_size, wanted.candidates),
+        *_attention(operands, ids, output, block_size),
+    ]
     call = partial(_run, launches)
     call()
     of_first_row = Operands(*(getattr(operands, name)[:1] for name in Operands.__dataclass_fields__))
+    if wanted.has_bytes:
+        of_first_row = replace(of_first_row, index_key=from_e4m3(of_first_row.index_key, torch.float64))
     verdict = check_rows(of_first_row, ids[:1], output[:1], block_size=block_size, topk=topk)
     blocks_a_tile, queries_a_tile = _union(launches)
     time = Stopwatch(device)
     kernels = time_kernels(launches, time)
     orders = {} if is_decode else {order: _time_order(operands, ids, block_size, order, time) for order in _ORDERS}
+    if "score_and_choose" in kernels:
+        apart = selection_launches(operands, torch.empty_like(ids), block_size, fuses=False)
+        orders = {**orders, "selection apart": time.of(partial(_run, apart))}
     seconds = time.of(call)
     as_graph = time.of_graph(call) if is_decode else None
     is_sampled = not is_decode and wanted.length > _LONGEST_DENSE
@@ -121,7 +136,7 @@ def measure(wanted: Wanted, device: torch.device, roofline: Roofline, *, block_s
         length=wanted.length,
         batch=wanted.batch,
         selection=wanted.selection,
-        indexer=wanted.indexer,
+        indexer=wanted.indexer + ", fp8 scores" * bool(wanted.candidates) + ", fp8 keys" * wanted.has_bytes,
         gate=str(verdict),
         blocks_a_tile=blocks_a_tile,
         queries_a_tile=queries_a_tile,
@@ -203,7 +218,7 @@ def make_operands(wanted: Wanted, setting: Setting, queries: int) -> Operands:
     if wanted.selection == "correlated":
         common = random(groups, -(-queries // _ALIKE)).repeat_interleave(_ALIKE, 2)[:, :, :queries]
         index_query.mul_(_OWN).add_(common)
-    return Operands(query, key, value, index_query, index_key)
+    return Operands(query, key, value, index_query, to_e4m3(index_key) if wanted.has_bytes else index_key)
 
 
 def bare_options(block_size: int, device: torch.device) -> dict[str, Any]:
@@ -212,10 +227,12 @@ def bare_options(block_size: int, device: torch.device) -> dict[str, Any]:
     return {**bounds, "block_size": block_size, "is_causal": True, "chip": chip_of(device)}
 
 
-def selection_launches(operands: Operands, ids: Tensor, block_size: int) -> list[Launch]:
+def selection_launches(
+    operands: Operands, ids: Tensor, block_size: int, candidates: int = 0, *, fuses: bool = True
+) -> list[Launch]:
     """Return the launches that write ``ids``."""
     queries, keys = operands.index_query, operands.index_key
-    common = bare_options(block_size, ids.device)
+    common = {**bare_options(block_size, ids.device), "candidates": candidates, "fuses": fuses}
     return list(selection.find_launches(queries, keys, ids, local_blocks=1, sink_blocks=0, **common))
 
 
@@ -269,6 +286,7 @@ def _work(setting: Setting, wanted: Wanted) -> Work:
     if wanted.case == "prefill":
         one = work_of.sparse_prefill(setting, wanted.length)
     else:
-        index_heads = 1 if wanted.indexer == "learned" else setting.key_value_heads
+        index_heads = 1.0 if wanted.indexer == "learned" else float(setting.key_value_heads)
+        index_heads /= 2 if wanted.has_bytes else 1
         one = work_of.sparse_decode(setting, wanted.length, index_heads)
     return Work(wanted.batch * one.flops, wanted.batch * one.bytes)

@@ -110,9 +110,10 @@ class Findings:
             "Times are medians in milliseconds, with a cold L2 cache, selection included; decode as a CUDA graph, in",
             "brackets as a call. *dense* is the faster of PyTorch's flash and cuDNN attention; `~` was scaled up from",
             "8,192 queries. *blocks* is the mean number of different blocks of a tile of queries, *orders* what",
-            "attention takes by tiles and with blocks outside. *roof* is the least time that the rates above allow, as",
-            "a share of the time taken. The backward rows are the gradients alone, given the blocks; those of the",
-            "index loss the loss and its gradients, over all keys or over blocks that are given.",
+            "attention takes by tiles and with blocks outside, and selection in two kernels where one does it.",
+            "*roof* is the least time that the rates above allow, as a share of the time taken. The backward rows are",
+            "the gradients alone, given the blocks; those of the index loss the loss and its gradients, over all keys",
+            "or over blocks that are given.",
         ]
         for case in ("prefill", "decode", "backward", "index loss"):
             lines += ["", f"## {case}", "", *self._table(case)]

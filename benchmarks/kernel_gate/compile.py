@@ -22,6 +22,7 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
     torch.uint8: "u8",
+    torch.float8_e4m3fn: "fp8e4nv",
 }
 
 
@@ -33,8 +34,9 @@ class Compiled:
         registers: Of a thread; 255 is the most there are.
         spilled: Bytes of a thread that found no register.
         shared: Bytes of shared memory of a program.
-        products: Matrix instructions by kind: ``wgmma``, ``mma.sync``, ``tcgen05``.
+        products: Matrix instructions by kind: ``wgmma``, ``mma.sync``, ``tcgen05``; and those of them that are of e4m3.
         copies: Asynchronous copies from global to shared memory.
+        flushes: Instructions that take denormal numbers for 0.
     """
 
     registers: int
@@ -42,6 +44,7 @@ class Compiled:
     shared: int
     products: dict[str, int]
     copies: int
+    flushes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -101,8 +104,10 @@ def compile_launch(launch: Launch, chip: Chip) -> Compiled:
             "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
             "mma.sync": len(re.findall(r"\bmma\.sync", ptx)),
             "tcgen05": len(re.findall(r"tcgen05\.mma", ptx)),
+            "of e4m3": len(re.findall(r"\.e4m3\.e4m3|kind::f8f6f4", ptx)),
         },
         copies=len(re.findall(r"cp\.async\.c[ag]", ptx)) + len(re.findall(r"cp\.async\.bulk", ptx)),
+        flushes=len(re.findall(r"\.ftz\b", ptx)),
     )
 
 

@@ -14,6 +14,8 @@ from msa_compile.kernels.launch import Launch
 # Kernels that multiply matrices, and the sizes whose product is the rows of a tile.
 ROWS = {
     "score_blocks": ("PACKED_GROUPS", "QUERIES"),
+    "rescore_blocks": ("PACKED_GROUPS", "QUERIES"),
+    "score_and_choose": ("PACKED_GROUPS", "QUERIES"),
     "attend_tiles": ("HEADS_TILE", "QUERIES"),
     "attend_slots": ("ROWS",),
     "attend_blocks": ("HEADS_TILE", "QUERIES"),
@@ -98,6 +100,10 @@ def judge(launch: Launch, compiled: Compiled, chip: Chip) -> list[str]:
     wanted = LARGE_PRODUCT.get(chip.capability, "mma.sync") if rows >= LEAST_ROWS else "mma.sync"
     if compiled.products[wanted] == 0:
         said.append(f"no {wanted} at {rows} rows: {compiled.products}")
+    if _dtype_of(launch) == torch.float8_e4m3fn and compiled.products["of e4m3"] == 0:
+        said.append("e4m3 is not multiplied as such")
+    if _dtype_of(launch) == torch.uint8 and compiled.flushes > 0:
+        said.append("denormal numbers are lost, which bytes of e4m3 pass through")
     if compiled.copies == 0:
         said.append("no asynchronous copy: keys are not loaded ahead")
     return said

@@ -30,6 +30,8 @@ class Problem:
         is_backward: The gradients of the attention, and no forward.
         loss: The index loss and its gradients alone, over ``"all"`` slots or those of ``"selected"`` blocks.
         order: Of many queries, ``"tiles"`` or ``"blocks"``; default as shapes choose.
+        candidates: Blocks a query that are scored again; the selection alone, on chips that multiply e4m3.
+        has_bytes: Index keys are bytes of e4m3; the selection alone.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Problem:
     is_backward: bool = False
     loss: str | None = None
     order: str | None = None
+    candidates: int = 0
+    has_bytes: bool = False
 
 
 K = 1024
@@ -67,8 +71,16 @@ PROBLEMS = {
         Problem("blocks outside, 2 heads a group, D 256", (16, 8, 256), 32 * K, 32 * K, order="blocks"),
         Problem("blocks outside, blocks of 32", (32, 8, 64), 32 * K, 32 * K, block_size=32, topk=32, order="blocks"),
         Problem("blocks outside, float32", (32, 8, 64), 8 * K, 8 * K, torch.float32, block_size=32, order="blocks"),
+        Problem("fp8 scores, 16 heads a group", (64, 4, 128), 128 * K, 128 * K, candidates=32),
+        Problem("fp8 scores, 1M tokens", (64, 4, 128), 1024 * K, 1024 * K, candidates=32),
+        Problem("fp8 scores, own keys, D 64", (32, 8, 64), 32 * K, 32 * K, is_shared=False, candidates=32),
+        Problem("fp8 scores, D 256, blocks of 32", (16, 8, 256), 32 * K, 32 * K, block_size=32, candidates=32),
+        Problem("fp8 scores, everything", (64, 8, 64), 8 * K, 8 * K, batch=2, has_everything=True, candidates=32),
         Problem("decode, 16 heads a group", (64, 4, 128), 1, 128 * K),
         Problem("decode, 4 heads a group, own keys", (32, 8, 128), 1, 128 * K, is_shared=False, batch=16),
+        Problem("decode, fp8 index keys, 16 heads a group", (64, 4, 128), 1, 128 * K, has_bytes=True),
+        Problem("decode, fp8 index keys, 4 queries", (32, 8, 128), 4, 128 * K, batch=16, has_bytes=True),
+        Problem("decode, fp8 index keys, everything", (64, 8, 64), 4, 32 * K, has_everything=True, has_bytes=True),
         Problem("decode, D 256", (16, 8, 256), 1, 32 * K),
         Problem("decode, one group, documents", (8, 1, 128), 1, 32 * K, has_documents=True),
         Problem("decode, everything", (64, 8, 64), 4, 32 * K, batch=2, has_everything=True),
@@ -191,9 +203,14 @@ def launches_of(problem: Problem, chip: Chip) -> Iterator[Launch]:
             )
         )
         return
-    yield from _first_of_each(
-        selection.find_launches(index_query, index_key, block_ids, local_blocks=1, sink_blocks=0, **common)
-    )
+    if problem.has_bytes:
+        index_key = index_key.to(torch.uint8)
+    if problem.candidates and chip.capability < 89:
+        return
+    how: dict[str, Any] = {"local_blocks": 1, "sink_blocks": 0, "candidates": problem.candidates}
+    yield from _first_of_each(selection.find_launches(index_query, index_key, block_ids, **how, **common))
+    if problem.candidates or problem.has_bytes:
+        return
     yield from _first_of_each(
         attention.find_launches(
             query, key, value, block_ids, torch.empty_like(query), order=problem.order, **common, **of_logits

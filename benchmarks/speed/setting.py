@@ -92,8 +92,11 @@ def dense_decode(setting: Setting, length: int) -> Work:
     return Work(flops, _rows(setting, 2 * setting.key_value_heads, length))
 
 
-def sparse_decode(setting: Setting, length: int, index_heads: int) -> Work:
-    """One query: every index key is read, and the keys and values of the blocks selected."""
+def sparse_decode(setting: Setting, length: int, index_heads: float) -> Work:
+    """One query: every index key is read, and the keys and values of the blocks selected.
+
+    A head of index keys that have half of the bytes counts as half a head.
+    """
     keys = min(length, setting.block_size * setting.topk)
     flops = 2.0 * setting.key_value_heads * setting.head_dim * length
     flops += 4.0 * setting.query_heads * setting.head_dim * keys
@@ -101,5 +104,5 @@ def sparse_decode(setting: Setting, length: int, index_heads: int) -> Work:
     return Work(flops, read)
 
 
-def _rows(setting: Setting, heads: int, length: int) -> float:
+def _rows(setting: Setting, heads: float, length: int) -> float:
     return float(heads * length * setting.head_dim * setting.dtype.itemsize)

@@ -21,6 +21,7 @@ from msa_compile.export.records import Port, Range, SparseProgram, name_size
 from msa_compile.export.thread_index_keys import (
     Threaded,
     check_indexers,
+    check_scores,
     find_index_keys,
     name_index_keys,
     trust_index_keys,
@@ -68,8 +69,9 @@ def capture(call: Call, config: MSAConfig, windows: Mapping[str, int], expected:
         CaptureError: The model cannot be captured.
         ExampleInputsError: A number that is open has an example outside its range.
         ExportNotSparseError: A site that is sparse in the model would be dense in the artifact.
-        ExportIndexerError: A site that selects by its index branch would select by the keys.
+        ExportIndexerError: A site that selects by its index branch would select by the keys, or scores are fp8.
     """
+    check_scores(config)
     model = call.module.get_submodule(call.prefix.rstrip("."))
     try:
         with torch.no_grad(), with_index_branches(model):

@@ -344,7 +344,7 @@ AOTITorchError aoti_torch_cpu_select_blocks(AtenTensorHandle index_query, AtenTe
                                             int64_t block_size, int64_t topk, int64_t local_blocks, int64_t sink_blocks,
                                             AtenTensorHandle* query_start, AtenTensorHandle* key_start,
                                             AtenTensorHandle*, AtenTensorHandle*, AtenTensorHandle* mask, int64_t,
-                                            int32_t, AtenTensorHandle* result) {
+                                            int32_t, int64_t, AtenTensorHandle* result) {
   return msa::guarded(result, [&] {
     return msa::select_all(index_query, index_key, block_size, topk, local_blocks, sink_blocks, query_start, key_start,
                            mask);

@@ -23,7 +23,7 @@ NAME = "msa_package_ops"
 # What the generated code may call, as its declaration; the definitions are in `package_ops.cpp`.
 _T, _O, _N = "AtenTensorHandle", "AtenTensorHandle*", "int64_t"
 _SIGNATURES = {
-    "select_blocks": [_T, _T, _N, _N, _N, _N, _O, _O, _O, _O, _O, _N, "int32_t", _O],
+    "select_blocks": [_T, _T, _N, _N, _N, _N, _O, _O, _O, _O, _O, _N, "int32_t", _N, _O],
     "block_sparse_attention": [_T, _T, _T, _T, _N, "double*", "double*", _O, "int64_t*", _O, _O, _O, _O, _O, _N,
                                "int32_t", _O],
     "write_cache": [_T, _T, _T, _O],

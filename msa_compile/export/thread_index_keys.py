@@ -28,6 +28,7 @@ from torch.export.graph_signature import (
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from msa_compile.config import MSAConfig
 from msa_compile.errors import ExportIndexerError
 from msa_compile.index_keys import IndexBinding
 from msa_compile.indexer import remove_index_branches
@@ -103,6 +104,21 @@ def check_indexers(sites: Collection[Site], learned: Collection[str]) -> None:
             f"{len(lost)} sites select by a learned indexer, and would select by the keys in the artifact, so that its "
             f'blocks would be others:\n{lines}\nNothing was written. Sparsify with MSAConfig(indexer="keys") to export.'
         )
+
+
+def check_scores(config: MSAConfig) -> None:
+    """Refuse scores and index keys that no artifact has.
+
+    Raises:
+        ExportIndexerError: ``index_scores`` or ``index_cache`` is not ``"exact"``.
+    """
+    for field in ("index_scores", "index_cache"):
+        if getattr(config, field) != "exact":
+            raise ExportIndexerError(
+                f'the model selects with {field}="{getattr(config, field)}", and an artifact by exact scores of exact '
+                f"keys, so that its blocks may be others. Nothing was written. To export, sparsify with "
+                f'MSAConfig({field}="exact").'
+            )
 
 
 def trust_index_keys(gm: GraphModule) -> None:

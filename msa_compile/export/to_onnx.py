@@ -64,7 +64,8 @@ def check_arguments(sparse: SparseProgram) -> None:
     Raises:
         ExportNotSparseError: Naming the first such site.
     """
-    known = {"block_size", "topk", "local_blocks", "sink_blocks", "dense_below", "scale", "softcap", "sinks"}
+    known = {"block_size", "topk", "local_blocks", "sink_blocks", "candidates", "dense_below"}
+    known |= {"scale", "softcap", "sinks"}
     for node in sparse.program.graph.nodes:
         if node.target is torch.ops.msa.exact_where_biased.default:
             raise ExportNotSparseError(
@@ -120,6 +121,7 @@ def _translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
         mask: Any = None,
         dense_below: int = 0,
         is_causal: bool = True,
+        candidates: int = 0,
     ) -> Any:
         node = values.Op(domain, bodies.SELECT_BLOCKS, _schema(bodies.select_blocks_function(opset)))
         return node(

@@ -8,6 +8,8 @@ import torch
 
 # Triton's matrix products start with Ampere.
 _LEAST_CAPABILITY = (8, 0)
+# Matrix products of e4m3 start with Ada.
+_E4M3_CAPABILITY = (8, 9)
 
 
 # The answer for a device does not change while the process lives, and is warned about when it is first asked for.
@@ -36,3 +38,13 @@ def why_no_triton(device: torch.device) -> str | None:
     if capability < _LEAST_CAPABILITY:
         return f"the kernels need compute capability 8.0, and it has {capability[0]}.{capability[1]}"
     return None
+
+
+def why_no_e4m3(device: torch.device) -> str | None:
+    """Say why kernels cannot multiply e4m3 on `device`, or None if they can; interpreted ones can."""
+    if device.type != "cuda":
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= _E4M3_CAPABILITY:
+        return None
+    return f"products of e4m3 need compute capability 8.9, and {device} has {capability[0]}.{capability[1]}"

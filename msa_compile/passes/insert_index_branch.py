@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 
 from msa_compile._compat import ConstantSource
 from msa_compile.index_keys import IndexBinding
+from msa_compile.kernels.select_blocks import nan_in
 from msa_compile.passes.emitter import Emitter
 from msa_compile.passes.graph_facts import OWNED, TRAINED
 from msa_compile.passes.placed import Cut
@@ -34,7 +35,7 @@ class IndexNodes:
 
     Attributes:
         query: ``[B, Hkv, Tq, D]``.
-        key: ``[B, 1, Tk, D]``.
+        key: ``[B, 1, Tk, D]``; uint8 where it is rounded to e4m3.
         binding: How index keys of earlier calls come in, and go out to later ones; ``None`` without a cache.
         is_handed_in: Whether some of them come from earlier calls, and may be missing.
     """
@@ -45,7 +46,9 @@ class IndexNodes:
     is_handed_in: bool
 
 
-def insert_index_branch(emit: Emitter, plan: IndexPlan, name: str, groups: int, *, learns: bool) -> IndexNodes:
+def insert_index_branch(
+    emit: Emitter, plan: IndexPlan, name: str, groups: int, *, learns: bool, rounds: bool = False
+) -> IndexNodes:
     """Compute index queries and keys of this call, and join them to those of earlier calls.
 
     Args:
@@ -54,6 +57,7 @@ def insert_index_branch(emit: Emitter, plan: IndexPlan, name: str, groups: int, 
         name: Site name.
         groups: ``Hkv``.
         learns: Whether the weights may get gradients; the hidden state gets none in any case.
+        rounds: Whether index keys are rounded to e4m3, and kept as its bytes.
     """
     hidden = emit(aten.detach.default, plan.hidden)
     hidden.meta[BRANCH] = (name, "hidden")
@@ -67,6 +71,8 @@ def insert_index_branch(emit: Emitter, plan: IndexPlan, name: str, groups: int, 
     query.meta[BRANCH], key.meta[BRANCH] = (name, "query"), (name, "key")
     query, key = _turned(emit, plan, query, groups), _turned(emit, plan, key, groups)
     query, key = _cast(emit, query, dtype), _cast(emit, key, dtype)
+    if rounds:
+        key = emit(torch.ops.msa.to_e4m3.default, key)
     if plan.cache.store is not None:
         return _stored(emit, plan, plan.cache.store, name, query, key)
     return _appended(emit, plan, name, query, key)
@@ -146,7 +152,7 @@ def _stored(emit: Emitter, plan: IndexPlan, store: Store, name: str, query: Node
     else:
         sizes = [1 if axis == "H" else _size(emit, entry.node, dim) for dim, axis in enumerate(entry.axes)]
         device = entry.node.meta["val"].device
-        buffer = emit(aten.full.default, sizes, torch.nan, dtype=dtype, device=device)
+        buffer = emit(aten.full.default, sizes, nan_in(dtype), dtype=dtype, device=device)
         binding = _binding(emit.graph, plan, name, dtype, None, (), grows=True)
         if binding.is_returned:
             _new_output(emit.graph, buffer)

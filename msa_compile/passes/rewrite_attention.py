@@ -59,7 +59,11 @@ def rewrite_attention(
     block_size = config.block_size if own is None else own.block_size
     shared: dict[str, Any] = {"block_size": block_size, "dense_below": dense_below, **position}
     budget = {"topk": config.topk_blocks, "local_blocks": config.local_blocks, "sink_blocks": config.sink_blocks}
-    branch = None if index is None else insert_index_branch(emit, index, name, proved.key.count, learns=learns)
+    budget["candidates"] = config.candidates
+    branch = None
+    if index is not None:
+        rounds = config.index_cache == "fp8" and not learns
+        branch = insert_index_branch(emit, index, name, proved.key.count, learns=learns, rounds=rounds)
     if own is not None:
         block_ids = _own_blocks(emit, own, key)
     elif branch is None:

@@ -57,6 +57,14 @@ def test_a_model_that_is_not_sparsified_is_refused(tmp_path):
         msa_compile.export(ZOO["nanogpt"].build(), tmp_path / "m.onnx", example_inputs=tokens(1, 9))
 
 
+@pytest.mark.parametrize("field", ["index_scores", "index_cache"])
+def test_scores_and_index_keys_that_no_artifact_has_are_refused(field, tmp_path):
+    inputs = (tokens(2, 23),)
+    model = sparse(ZOO["nanogpt"].build(), inputs, **{field: "fp8"})
+    with pytest.raises(ExportIndexerError, match=f'{field}="exact"'):
+        msa_compile.export(model, tmp_path / "m.onnx", example_inputs=inputs, max_length=64)
+
+
 def test_an_unknown_suffix_and_an_unknown_cache_name_what_there_is(export):
     with pytest.raises(ExportFormatError, match=r"m\.plan.*\.onnx"):
         export("m.plan")

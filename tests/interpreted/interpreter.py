@@ -1,9 +1,9 @@
-"""Triton's interpreter, made fit for bfloat16: kernels run as numpy on the CPU, in a process of their own.
+"""Triton's interpreter, made fit for bfloat16 and e4m3: kernels run as numpy on the CPU, in a process of their own.
 
 Whether a kernel is interpreted is decided when it is imported, so everything here is skipped unless TRITON_INTERPRET=1
 was set from the start; `make test` does that. As it comes the interpreter cuts float32 to bfloat16 instead of rounding,
-and multiplies the bit patterns of bfloat16 matrices. The second our kernels avoid by themselves; both are mended here,
-and a canary in `test_interpreter.py` says when that stops holding.
+multiplies the bit patterns of bfloat16 matrices, and takes e4m3's NaN for a number. The second our kernels avoid by
+themselves; all are mended here, and a canary in `test_interpreter.py` says when that stops holding.
 """
 
 import os
@@ -28,6 +28,12 @@ def _convert_rounding(data: Any, of: Any, to: Any, rounding_mode: Any) -> Any:
     if of == tl.float32 and to == tl.bfloat16:
         rounded = torch.from_numpy(np.ascontiguousarray(data)).to(torch.bfloat16)
         return rounded.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
+    if of == tl.float32 and to == tl.float8e4nv:
+        rounded = torch.from_numpy(np.ascontiguousarray(data)).to(torch.float8_e4m3fn)
+        return rounded.view(torch.uint8).numpy().reshape(data.shape)
+    if of == tl.float8e4nv and to == tl.float32:
+        exact = torch.from_numpy(np.ascontiguousarray(data)).view(torch.float8_e4m3fn).to(torch.float32)
+        return exact.numpy().view(np.uint32).reshape(data.shape)
     return _convert(data, of, to, rounding_mode)
 
 

@@ -7,7 +7,9 @@ from types import ModuleType
 
 import interpreter  # noqa: F401  # skips this file in other processes
 import kernel_laws as laws
+import oracle
 import pytest
+import torch
 from kernel_laws import Implementation, make_case
 from test_interpreted_index_loss import check_case
 from test_kernel_laws import CASES
@@ -26,16 +28,36 @@ from msa_compile.kernels.block_sparse_attention import (
     triton_tiles,
     triton_turn,
 )
+from msa_compile.kernels.chip import CHIPS, Chip
 from msa_compile.kernels.index_loss import triton as index_loss
 from msa_compile.kernels.index_loss import triton_compare, triton_index_keys, triton_sums
+from msa_compile.kernels.select_blocks import cuda as selection_cuda
 from msa_compile.kernels.select_blocks import triton as selection
-from msa_compile.kernels.select_blocks import triton_choose, triton_scores
+from msa_compile.kernels.select_blocks import triton_choose, triton_fused, triton_rescore, triton_scores
 
 OPS = Implementation(select_blocks, block_sparse_attention)
 
 
 def _oracle(name: str) -> Callable[[], None]:
     return lambda: laws.check_equals_oracle(OPS, CASES[name])
+
+
+def _candidates() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 40, 8, generator=generator)
+    options = {"block_size": 4, "topk": 3, "candidates": 4}
+    laws.assert_equal(selection_cuda.select_blocks(query, key, **options), oracle.select_blocks(query, key, **options))
+
+
+def _in_one_kernel() -> None:
+    ones = torch.ones(1, 2, 50, 16, dtype=torch.bfloat16)
+    keys = torch.arange(350).div(70, rounding_mode="floor").eq(1)[:, None].expand(1, 1, 350, 16).bfloat16()
+    options = {"block_size": 70, "topk": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        # A chip that one program fills.
+        patch.setattr(selection, "chip_of", lambda device: Chip(90, CHIPS[90].shared_memory, 0))
+        found = selection_cuda.select_blocks(ones, keys, **options)
+    laws.assert_equal(found, oracle.select_blocks(ones, keys, **options))
 
 
 def _few_queries() -> None:
@@ -104,6 +126,46 @@ MUTANTS = {
         "tl.cumsum(is_equal.to(tl.int32), 1) <= room[:, None]",
         "tl.sum(is_equal.to(tl.int32), 1)[:, None] - tl.cumsum(is_equal.to(tl.int32), 1) < room[:, None]",
         _oracle("all scores equal"),
+    ),
+    "e4m3 without scales": (
+        triton_scores,
+        selection,
+        "score_blocks",
+        "score = score * scale[None, :]",
+        "score = score + 0 * scale[None, :]",
+        _candidates,
+    ),
+    "candidates are not all that score as high": (
+        triton_choose,
+        selection,
+        "keep_candidates",
+        "can_be_chosen & (rank >= threshold[:, None])",
+        "can_be_chosen & (rank > threshold[:, None])",
+        _candidates,
+    ),
+    "candidates keep their rounded scores": (
+        triton_rescore,
+        selection,
+        "rescore_blocks",
+        "tl.store(place, found, mask=is_candidate)",
+        "tl.store(place, found, mask=is_candidate & (found > 1e30))",
+        _candidates,
+    ),
+    "in one kernel: ties to the higher id": (
+        triton_fused,
+        selection,
+        "score_and_choose",
+        "(-block + _LAST_ID)",
+        "block",
+        _in_one_kernel,
+    ),
+    "in one kernel: forced blocks are not": (
+        triton_fused,
+        selection,
+        "score_and_choose",
+        "rank = tl.where(is_forced, _FORCED, rank)",
+        "rank = tl.where(is_forced, rank, rank)",
+        _in_one_kernel,
     ),
     "drops block 0": (
         triton_lists,
@@ -279,6 +341,7 @@ SLOW = (
     "index loss: the normaliser of the token after the last",
     "index loss: a query that does not count",
     "index loss: keys of other documents",
+    "in one kernel: forced blocks are not",
 )
 
 

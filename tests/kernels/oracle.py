@@ -35,7 +35,25 @@ def _dot(left, right):
     return sum(a * b for a, b in zip(left, right, strict=True))
 
 
-def select_blocks(index_query, index_key, *, block_size, topk, local_blocks=1, sink_blocks=0, **bounds):
+def _to_e4m3(row):
+    """Round a row to e4m3 (4 bits of exponent, 3 of mantissa), scaled by the power of two that `op.py` names."""
+    if not all(map(math.isfinite, row)):
+        return [math.nan] * len(row)
+    largest = max(map(abs, row))
+    scale = 2.0 ** (math.floor(math.log2(largest)) - 7) if largest else 1.0
+    rounded = []
+    for number in row:
+        size = abs(number / scale)
+        step = 2.0 ** (max(math.floor(math.log2(size)), -6) - 3) if size else 1.0
+        rounded.append(round(number / scale / step) * step * scale)
+    return rounded
+
+
+def _raise(best, block, score):
+    best[block] = max(best.get(block, -math.inf), -math.inf if math.isnan(score) else score)
+
+
+def select_blocks(index_query, index_key, *, block_size, topk, local_blocks=1, sink_blocks=0, candidates=0, **bounds):
     """Return `[B, Hkv, Tq, topk]` int32."""
     batch, groups, query_length, _ = index_query.shape
     key_length = index_key.shape[2]
@@ -46,15 +64,20 @@ def select_blocks(index_query, index_key, *, block_size, topk, local_blocks=1, s
             key_head = keys[row][group if index_key.shape[1] > 1 else 0]
             for query in range(query_length):
                 slot, anchor, _ = _where(bounds, row, query, query_length=query_length, key_length=key_length)
-                best = {}
+                best, rounded = {}, {}
+                own = queries[row][group][query]
                 for key in _visible_slots(bounds, row, group, query, query_length=query_length, key_length=key_length):
-                    score = _dot(queries[row][group][query], key_head[key])
-                    score = -math.inf if math.isnan(score) else score
                     block = (key - anchor) // block_size
-                    best[block] = max(best.get(block, -math.inf), score)
+                    _raise(best, block, _dot(own, key_head[key]))
+                    if candidates:
+                        _raise(rounded, block, _dot(_to_e4m3(own), _to_e4m3(key_head[key])))
                 local = (slot - anchor) // block_size
                 forced = {local - back for back in range(local_blocks)} | set(range(sink_blocks))
                 forced &= best.keys()
+                if candidates:
+                    first = sorted((math.inf if block in forced else rounded[block] for block in best), reverse=True)
+                    least = first[:candidates][-1] if first else 0
+                    best = {block: score for block, score in best.items() if block in forced or rounded[block] >= least}
                 others = sorted(best.keys() - forced, key=lambda block: (-best[block], block))
                 chosen = sorted(forced | set(others[: topk - len(forced)]))
                 result[row, group, query, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)

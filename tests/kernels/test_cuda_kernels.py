@@ -60,6 +60,16 @@ def test_devices_that_the_kernels_do_not_run_on_are_named(
         assert reason in found
 
 
+@pytest.mark.parametrize(("capability", "is_refused"), [((8, 6), True), ((8, 9), False), ((9, 0), False)])
+def test_products_of_e4m3_start_with_ada(
+    capability: tuple[int, int], is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = triton_support.why_no_e4m3(CUDA)
+    assert (found is not None) == is_refused
+    assert found is None or "need compute capability 8.9, and cuda:0 has 8.6" in found
+
+
 def test_float64_is_computed_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     for module, name in (

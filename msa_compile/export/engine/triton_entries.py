@@ -51,6 +51,7 @@ def score_blocks_entry(
     score_blocks(
         index_query,
         index_key,
+        None,
         scores,
         query_start if IS_POSITIONED else None,
         key_start if IS_PADDED else None,
@@ -63,6 +64,8 @@ def score_blocks_entry(
         keys * (KEY_HEADS * WIDTH),
         keys * WIDTH if KEY_HEADS > 1 else 0,
         WIDTH,
+        0,
+        0,
         keys,
         0,
         0,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from msa_compile.kernels.autocast import register_autocast
+from msa_compile.kernels.select_blocks.e4m3 import is_nan
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def _run(
     mask: Tensor | None = None,
     dense_below: int = 0,
     is_causal: bool = True,
+    candidates: int = 0,
 ) -> Tensor:
     """Choose key blocks, by index keys or by keys.
 
@@ -65,7 +67,7 @@ def _run(
                 site or "<root>",
             )
     chosen: Tensor = torch.ops.msa.select_blocks(
-        *operands, block_size, topk, local_blocks, sink_blocks, *bounds, dense_below, is_causal
+        *operands, block_size, topk, local_blocks, sink_blocks, *bounds, dense_below, is_causal, candidates
     )
     return chosen
 
@@ -82,7 +84,7 @@ def sees_unwritten(
     is_causal: bool,
 ) -> bool:
     """Whether some query may see a slot without an index key."""
-    unwritten = index_key[:, 0, :, 0].isnan()
+    unwritten = is_nan(index_key[:, 0, :, 0])
     if not unwritten.any():
         return False
     slots = torch.arange(index_key.shape[2], device=index_key.device)

@@ -1,7 +1,6 @@
 """The op `msa::select_blocks`: schema, fake, autocast, and the public function that checks arguments and calls it."""
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from msa_compile.kernels.arguments import (
 )
 from msa_compile.kernels.autocast import register_autocast
 from msa_compile.kernels.register import register
-from msa_compile.kernels.select_blocks import cpu, cuda
+from msa_compile.kernels.select_blocks import cpu, cuda, reference
+from msa_compile.kernels.select_blocks.e4m3 import from_e4m3
 
 
 def select_blocks(
@@ -35,6 +35,7 @@ def select_blocks(
     document_start: Tensor | None = None,
     mask: Tensor | None = None,
     is_causal: bool = True,
+    candidates: int = 0,
 ) -> Tensor:
     """Choose, for each query and group, the key blocks worth attending to.
 
@@ -49,9 +50,17 @@ def select_blocks(
     use places of `topk`; the other places go to the highest `m`, ties to the lower id. A NaN score counts as the
     lowest; infinite scores count as the largest and smallest finite numbers.
 
+    With `candidates`, blocks are scored twice. First with queries and keys rounded to e4m3, each row by a power of two
+    that brings its largest number to between 128 and 256; a row that is not finite scores lowest. Candidates are the
+    blocks that are always chosen, which count, and those that then score at least as high as the `candidates`-th best,
+    all ties in. Among the candidates it is chosen as above. So a block is missed that e4m3 does not find among so many,
+    and nothing else changes. It pays where scores are products of many queries: a call of at most 16 queries, or of no
+    more blocks than candidates, does without.
+
     Args:
         index_query: `[B, Hkv, Tq, D]` floating point.
-        index_key: `[B, Hkv, Tk, D]`, or `[B, 1, Tk, D]` for one key head shared by all groups; dtype of `index_query`.
+        index_key: `[B, Hkv, Tk, D]`, or `[B, 1, Tk, D]` for one key head shared by all groups; dtype of `index_query`,
+            or uint8, the bytes of e4m3 numbers (`e4m3.py`), which are multiplied as the numbers that they are.
         block_size: slots a block, at least 1.
         topk: places a query, at least `local_blocks + sink_blocks`.
         local_blocks: newest blocks that are always chosen, at least 1.
@@ -62,6 +71,7 @@ def select_blocks(
         document_start: `[B, Tq]` int32 or int64, first slot of the document of each query; default 0.
         mask: bool, broadcastable to `[B, Hkv, Tq, Tk]`, True where the slot may be seen; it can only hide slots.
         is_causal: whether `j <= p` is asked for; without it the other bounds alone say what is seen.
+        candidates: blocks a query that are scored again, at least `topk`; 0 scores all blocks once, as they are.
 
     Returns:
         `[B, Hkv, Tq, topk]` int32, contiguous: block ids ascending, without duplicates, -1 on the right. No gradient.
@@ -76,9 +86,10 @@ def select_blocks(
     check_floating("index_query", index_query)
     batch, groups, query_length, width = index_query.shape
     check_device("index_key", index_key, index_query.device)
-    if index_key.dtype != index_query.dtype:
+    if index_key.dtype not in (index_query.dtype, torch.uint8):
         raise KernelArgumentError(
-            f"index_key: found dtype {index_key.dtype}; legal is {index_query.dtype}, the dtype of index_query"
+            f"index_key: found dtype {index_key.dtype}; legal are {index_query.dtype}, the dtype of index_query, and "
+            "torch.uint8, the bytes of e4m3 numbers"
         )
     check_size("index_key", index_key, 0, batch, "the batch of index_query")
     check_size("index_key", index_key, 3, width, "the width of index_query")
@@ -94,6 +105,8 @@ def select_blocks(
             f"topk: found {topk}; legal are integers from {local_blocks + sink_blocks}, "
             f"local_blocks ({local_blocks}) + sink_blocks ({sink_blocks}), which use places of topk"
         )
+    if candidates != 0 and candidates < topk:
+        raise KernelArgumentError(f"candidates: found {candidates}; legal are 0 and integers from {topk}, topk")
     check_visibility(
         batch=batch,
         groups=groups,
@@ -119,12 +132,29 @@ def select_blocks(
         document_start,
         mask,
         is_causal=is_causal,
+        candidates=candidates,
     )
     return selected
 
 
-def _run_with(implementation: ModuleType) -> Callable[..., Tensor]:
-    """Make the op's kernel of a module that implements it."""
+# Up to this many queries a call is bound by reading the keys, which have to be read to be rounded.
+_FEW_QUERIES = 16
+
+
+def _on_cpu(index_query: Tensor, index_key: Tensor, *, candidates: int, **options: Any) -> Tensor:
+    if index_key.dtype == torch.uint8:
+        index_key = from_e4m3(index_key, index_query.dtype)
+    if candidates:
+        return reference.select_blocks(index_query, index_key, candidates=candidates, **options)
+    return cpu.select_blocks(index_query, index_key, **options)
+
+
+def _on_cuda(index_query: Tensor, index_key: Tensor, **options: Any) -> Tensor:
+    return cuda.select_blocks(index_query, index_key, **options)
+
+
+def _run_with(select: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make the op's kernel of what selects on a device."""
 
     def run(
         index_query: Tensor,
@@ -140,12 +170,14 @@ def _run_with(implementation: ModuleType) -> Callable[..., Tensor]:
         mask: Tensor | None = None,
         dense_below: int = 0,
         is_causal: bool = True,
+        candidates: int = 0,
     ) -> Tensor:
         if index_key.shape[2] <= dense_below:
             # The attention op ignores the ids of a call this short. Decided here, from the size at hand: a cache that
             # grows past the bound needs no new graph.
             return index_query.new_full((*index_query.shape[:3], topk), -1, dtype=torch.int32)
-        return implementation.select_blocks(
+        is_worth_it = index_query.shape[2] > _FEW_QUERIES and index_key.shape[2] > candidates * block_size
+        return select(
             index_query,
             index_key,
             block_size=block_size,
@@ -158,6 +190,7 @@ def _run_with(implementation: ModuleType) -> Callable[..., Tensor]:
             document_start=document_start,
             mask=mask,
             is_causal=is_causal,
+            candidates=candidates if is_worth_it else 0,
         )
 
     return run
@@ -167,6 +200,6 @@ def _fake(index_query: Tensor, index_key: Tensor, block_size: int, topk: int, *r
     return index_query.new_empty((*index_query.shape[:3], topk), dtype=torch.int32)
 
 
-register("select_blocks", cpu=_run_with(cpu), cuda=_run_with(cuda), fake=_fake)
+register("select_blocks", cpu=_run_with(_on_cpu), cuda=_run_with(_on_cuda), fake=_fake)
 # Index scores keep the precision of their inputs: autocast would round the products that are compared.
 register_autocast("select_blocks", cast_first=0)
