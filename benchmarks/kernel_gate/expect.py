@@ -20,6 +20,7 @@ ROWS = {
     "differentiate_tiles": ("HEADS_TILE", "QUERIES"),
     "differentiate_blocks": ("SLOTS",),
     "sum_logits": ("HEADS_TILE", "QUERIES"),
+    "sum_teacher": ("SLOTS",),
     "compare_queries": ("SLOTS",),
     "compare_keys": ("SLOTS",),
 }

@@ -27,7 +27,7 @@ from msa_compile.kernels.block_sparse_attention import (
     triton_turn,
 )
 from msa_compile.kernels.index_loss import triton as index_loss
-from msa_compile.kernels.index_loss import triton_compare, triton_index_keys, triton_sums
+from msa_compile.kernels.index_loss import triton_compare, triton_index_keys, triton_sums, triton_teacher
 from msa_compile.kernels.select_blocks import triton as selection
 from msa_compile.kernels.select_blocks import triton_choose, triton_scores
 
@@ -257,6 +257,22 @@ MUTANTS = {
         "has_low[None, :] | has_high[None, :]",
         _loss("documents", is_selected=True),
     ),
+    "index loss: one local block too few is left out": (
+        triton_sums,
+        index_loss,
+        "sum_logits",
+        "(blocks - LOCAL_BLOCKS) * BLOCK_SIZE",
+        "(blocks - LOCAL_BLOCKS + 1) * BLOCK_SIZE",
+        _loss("select, one and a half, without first and two last", is_selected=False),
+    ),
+    "index loss: the sum of probabilities that are not raised": (
+        triton_teacher,
+        index_loss,
+        "sum_teacher",
+        "total += tl.sum(raise_to(teacher, POWER), 0)",
+        "total += tl.sum(teacher, 0)",
+        _loss("select, one and a half, without first and two last", is_selected=False),
+    ),
     "index loss: the last group is not added": (
         triton_index_keys,
         index_loss,
@@ -279,6 +295,7 @@ SLOW = (
     "index loss: the normaliser of the token after the last",
     "index loss: a query that does not count",
     "index loss: keys of other documents",
+    "index loss: one local block too few is left out",
 )
 
 
