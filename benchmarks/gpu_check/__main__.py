@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.gpu_check.backward import measure_backward
 from benchmarks.gpu_check.correct import Ops, run_checks
-from benchmarks.gpu_check.loss import ALL, measure_loss
+from benchmarks.gpu_check.loss import ALL, SELECT, measure_loss
 from benchmarks.gpu_check.timing import Wanted, measure
 from benchmarks.gpu_check.write import Findings
 from benchmarks.speed.measure import warm_up
@@ -46,7 +46,7 @@ ROWS = (
     Wanted("prefill", _PAPER, 128 * K, "random", candidates=32),
     *(Wanted("decode", _QWEN, length, indexer=kind) for length in (32 * K, 128 * K) for kind in ("learned", "keys")),
     *(Wanted("backward", _PAPER, length, "correlated") for length in (8 * K, 32 * K)),
-    *(Wanted("index loss", _PAPER, 8 * K, kind) for kind in (ALL, "correlated")),
+    *(Wanted("index loss", _PAPER, 8 * K, kind) for kind in (SELECT, ALL, "correlated")),
     Wanted("decode", _PAPER, 512 * K),
     *(Wanted("decode", heads, 128 * K, has_bytes=True) for heads in (_PAPER, _QWEN)),
     Wanted("decode", _PAPER, 1024 * K, has_bytes=True),
@@ -112,6 +112,7 @@ def _time(findings: Findings, device: torch.device, is_dry: bool, left: Callable
             Wanted("decode", (2, 1, 16), 40, has_bytes=True),
             Wanted("backward", (2, 1, 16), 40),
             Wanted("index loss", (2, 1, 16), 40),
+            Wanted("index loss", (2, 1, 16), 40, SELECT),
         )
         budget = {"block_size": 8, "topk": 3}
     for wanted in rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ from msa_compile.kernels.chip import chip_of
 from msa_compile.kernels.index_loss import triton as loss
 from msa_compile.kernels.index_loss.align_loss import AlignSums, Support, align_sums
 
-# The support of a row of the table that is not that of selected blocks.
-ALL = "all keys"
+# The supports of rows of the table that are not those of selected blocks; the second is what calibration begins with.
+ALL, SELECT = "all keys", "all keys but forced ones"
+# What that one leaves out, and the power of its teacher.
+_LEFT_OUT: dict[str, Any] = {"local_blocks": 1, "sink_blocks": 1}
+_POWER = 2.0
 # Queries of each run that is compared with float64 at the length that is timed.
 _COMPARED = 8
 
@@ -28,16 +32,20 @@ def compare_loss(
     ids: Tensor,
     options: Mapping[str, Any],
 ) -> str:
-    """Say what is wrong with the sums of a call, over all keys and over the blocks; the empty text if nothing is."""
+    """Say what is wrong with the sums of a call, over each kind of support; the empty text if nothing is."""
     softcap = options.get("softcap")
     bounds = {name: value for name, value in options.items() if name not in ("softcap", "sinks", "block_size")}
     operands = (tensors["index_query"], tensors["index_key"], tensors["query"], tensors["key"])
     index_query, index_key, query, key = (operand.double() for operand in operands)
     tolerance = TOLERANCE[operands[0].dtype]
-    for name, block_ids in ((ALL, None), ("selected blocks", ids)):
-        support = Support(block_ids=block_ids, block_size=options["block_size"], **bounds)
-        found = align(*operands, support, softcap=softcap)
-        expected = align_sums(index_query, index_key, query, key, support, softcap=softcap)
+    everything = Support(block_size=options["block_size"], **bounds)
+    for name, support, power in (
+        (ALL, everything, 1.0),
+        (SELECT, replace(everything, **_LEFT_OUT), _POWER),
+        ("selected blocks", replace(everything, block_ids=ids), 1.0),
+    ):
+        found = align(*operands, support, softcap=softcap, power=power)
+        expected = align_sums(index_query, index_key, query, key, support, softcap=softcap, power=power)
         if int(found.queries) != int(expected.queries):
             return f"index loss, {name}: {int(found.queries)} queries, there are {int(expected.queries)}"
         for part, one, other in zip(AlignSums._fields, found, expected, strict=True):
@@ -52,27 +60,30 @@ def compare_loss(
 def measure_loss(
     wanted: Wanted, device: torch.device, roofline: Roofline, *, block_size: int = 128, topk: int = 16
 ) -> Row:
-    """Measure the loss and its gradients of one prompt, over all keys or over blocks, whose selection is not in it."""
+    """Measure the loss and its gradients of one prompt, over keys or over blocks, whose selection is not in it."""
     setting = Setting(*wanted.heads, "bf16", device, 1, block_size, topk)
     operands = make_operands(wanted, setting, wanted.length)
-    support = Support()
-    if wanted.selection != ALL:
+    support, power = Support(block_size=block_size), 1.0
+    if wanted.selection == SELECT:
+        support, power = replace(support, **_LEFT_OUT), _POWER
+    elif wanted.selection != ALL:
         ids = torch.empty(*operands.index_query.shape[:3], topk, dtype=torch.int32, device=device)
         for launch in selection_launches(operands, ids, block_size):
             launch.run()
-        support = Support(block_ids=ids, block_size=block_size)
+        support = replace(support, block_ids=ids)
     tensors = (operands.index_query, operands.index_key, operands.query, operands.key)
     sums = [torch.empty(tensor.shape[:3], device=device) for tensor in (tensors[0], tensors[2], tensors[0])]
     gradients = [torch.zeros(tensor.shape, device=device) for tensor in tensors[:2]]
     options: dict[str, Any] = dict.fromkeys(("index_scale", "scale", "softcap"))
-    launches = list(loss.find_launches(*tensors, support, *sums, *gradients, **options, chip=chip_of(device)))
+    options |= {"power": power, "chip": chip_of(device)}
+    launches = list(loss.find_launches(*tensors, support, *sums, *gradients, **options))
 
     def call() -> None:
         for launch in launches:
             launch.run()
 
     call()
-    verdict = check_sums(operands, support, sums[0], *gradients)
+    verdict = check_sums(operands, support, power, sums[0], *gradients)
     time = Stopwatch(device)
     seconds = time.of(call)
     pairs = wanted.length * (wanted.length + 1) // 2
@@ -105,7 +116,12 @@ def measure_loss(
 
 
 def check_sums(
-    operands: Operands, support: Support, losses: Tensor, grad_index_query: Tensor, grad_index_key: Tensor
+    operands: Operands,
+    support: Support,
+    power: float,
+    losses: Tensor,
+    grad_index_query: Tensor,
+    grad_index_key: Tensor,
 ) -> Verdict:
     """Check some queries with float64 at a length where no oracle can follow, and a sum that all are part of.
 
@@ -115,18 +131,21 @@ def check_sums(
     tolerance = TOLERANCE[operands.query.dtype]
     length, groups = operands.query.shape[2], operands.key.shape[1]
     complaints, errors = [], []
-    for start in sorted({0, length // 2, length - _COMPARED}):
+    # The first that has something to compare.
+    first = (support.local_blocks + support.sink_blocks) * (support.block_size or 0)
+    for start in sorted({first, length // 2, length - _COMPARED}):
         rows = slice(start, start + _COMPARED)
         expected = align_sums(
             operands.index_query[:, :, rows].double(),
             operands.index_key.double(),
             operands.query[:, :, rows].double(),
             operands.key.double(),
-            Support(
+            replace(
+                support,
                 block_ids=None if support.block_ids is None else support.block_ids[:, :, rows],
-                block_size=support.block_size,
                 query_start=torch.full((operands.query.shape[0],), start, device=operands.query.device),
             ),
+            power=power,
         )
         assert expected.grad_index_query is not None, "gradients were asked for"
         error = float((losses[:, :, rows].sum() / groups - expected.loss).abs() / expected.loss)

@@ -29,6 +29,7 @@ class Problem:
         has_everything: Sinks, softcap, window, ragged rows, documents and a mask.
         is_backward: The gradients of the attention, and no forward.
         loss: The index loss and its gradients alone, over ``"all"`` slots or those of ``"selected"`` blocks.
+        is_select: Of that loss the form that calibration begins with: a raised teacher, and forced blocks left out.
         order: Of many queries, ``"tiles"`` or ``"blocks"``; default as shapes choose.
         candidates: Blocks a query that are scored again; the selection alone, on chips that multiply e4m3.
         has_bytes: Index keys are bytes of e4m3; the selection alone.
@@ -47,6 +48,7 @@ class Problem:
     has_everything: bool = False
     is_backward: bool = False
     loss: str | None = None
+    is_select: bool = False
     order: str | None = None
     candidates: int = 0
     has_bytes: bool = False
@@ -114,6 +116,38 @@ PROBLEMS = {
         ),
         Problem("index loss, float32", (32, 8, 128), 8 * K, 8 * K, torch.float32, loss="all"),
         Problem("index loss, float32, selected", (32, 8, 128), 8 * K, 8 * K, torch.float32, loss="selected"),
+        Problem("index loss, select, 16 heads a group", (64, 4, 128), 32 * K, 32 * K, loss="all", is_select=True),
+        Problem("index loss, select, 1 head a group, D 64", (16, 16, 64), 32 * K, 32 * K, loss="all", is_select=True),
+        Problem("index loss, select, 2 heads a group, D 256", (16, 8, 256), 32 * K, 32 * K, loss="all", is_select=True),
+        Problem(
+            "index loss, select, everything",
+            (64, 8, 64),
+            8 * K,
+            8 * K,
+            batch=2,
+            has_everything=True,
+            loss="all",
+            is_select=True,
+        ),
+        Problem(
+            "index loss, select, everything, selected",
+            (64, 8, 64),
+            8 * K,
+            8 * K,
+            batch=2,
+            has_everything=True,
+            loss="selected",
+            is_select=True,
+        ),
+        Problem(
+            "index loss, select, float32",
+            (32, 8, 128),
+            8 * K,
+            8 * K,
+            torch.float32,
+            loss="all",
+            is_select=True,
+        ),
     )
 }
 
@@ -181,6 +215,8 @@ def launches_of(problem: Problem, chip: Chip) -> Iterator[Launch]:
         support = Support(
             block_ids=block_ids if problem.loss == "selected" else None,
             block_size=problem.block_size,
+            local_blocks=1 if problem.is_select else 0,
+            sink_blocks=1 if problem.is_select else 0,
             window=of_logits["window"],
             counted=torch.empty(batch, queries, dtype=torch.bool, device="meta"),
             **of_support,
@@ -199,6 +235,7 @@ def launches_of(problem: Problem, chip: Chip) -> Iterator[Launch]:
                 index_scale=None,
                 scale=None,
                 softcap=of_logits["softcap"],
+                power=2.0 if problem.is_select else 1.0,
                 chip=chip,
             )
         )

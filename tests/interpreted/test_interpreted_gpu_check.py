@@ -28,7 +28,7 @@ def test_a_dry_run_checks_times_and_writes_everything(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "gpu_check.json").read_text())
     assert len(kept["checks"]) == len(FEW) + 2
     assert not any(kept["checks"].values())
-    cases = ["prefill", "prefill", "decode", "decode", "backward", "index loss"]
+    cases = ["prefill", "prefill", "decode", "decode", "backward", "index loss", "index loss"]
     assert [row["case"] for row in kept["rows"]] == cases
     assert all(row["gate"].startswith("green") for row in kept["rows"])
     kernels = {name for row in kept["rows"] for name in row["kernels"]}
@@ -36,7 +36,8 @@ def test_a_dry_run_checks_times_and_writes_everything(tmp_path: Path) -> None:
     forward |= {"round_keys", "keep_candidates", "list_candidates", "rescore_blocks"}
     turned = {"mark_queries", "count_queries", "place_queries", "list_queries"}
     gradients = {"differentiate_tiles", "differentiate_blocks", "add_parts"}
-    assert kernels == forward | turned | gradients | {"sum_logits", "compare_queries", "compare_keys", "add_key_parts"}
+    loss = {"sum_logits", "sum_teacher", "compare_queries", "compare_keys", "add_key_parts"}
+    assert kernels == forward | turned | gradients | loss
     assert set(kept["rows"][0]["orders"]) == {"tiles", "blocks"}
     assert 1 <= kept["rows"][0]["blocks_a_tile"] <= 5
     text = (tmp_path / "gpu_check.md").read_text()
@@ -106,7 +107,7 @@ def test_what_there_is_no_time_for_is_said(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(correct, "_check_bits", lambda *rest: "")
     assert command.main(["--dry-run", "--budget", "1", "--out", str(tmp_path)]) == 0
     notes = json.loads((tmp_path / "gpu_check.json").read_text())["notes"]
-    assert sum(note.startswith("left out for want of time") for note in notes) == 7
+    assert sum(note.startswith("left out for want of time") for note in notes) == 8
 
 
 def test_a_row_that_is_wrong_has_no_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,41 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "documents": ({"heads": 1}, {"document_start": documents(67, 75, 130)}, {}),
     "a mask with holes": ({"heads": 2}, {"mask": _HOLES}, {}),
     "not causal": ({"heads": 2, "queries": 70}, {"key_end": torch.tensor([140, 90]), "is_causal": False}, {}),
+    "select": ({}, {"block_size": 16, "local_blocks": 1}, {"power": 2.0}),
+    "select, one and a half, without first and two last": (
+        {"heads": 1, "queries": 75},
+        {"block_size": 16, "local_blocks": 2, "sink_blocks": 1, "window": 70},
+        {"power": 1.5},
+    ),
+    "select, ragged rows": (
+        {"groups": 1, "heads": 2},
+        {
+            "block_size": 11,
+            "local_blocks": 1,
+            "sink_blocks": 1,
+            "key_start": torch.tensor([21, 0]),
+            "key_end": torch.tensor([140, 90]),
+            "counted": _real(21, 90),
+        },
+        {"power": 2.0},
+    ),
+    "select, documents": (
+        {"groups": 1, "heads": 1},
+        {"block_size": 16, "local_blocks": 1, "document_start": documents(67, 75, 130)},
+        {"power": 2.0},
+    ),
+    "select, not causal, first power": (
+        {"heads": 2, "queries": 70},
+        {
+            "block_size": 13,
+            "local_blocks": 2,
+            "sink_blocks": 1,
+            "query_start": torch.tensor([0, 40]),
+            "key_start": torch.tensor([27, 5]),
+            "is_causal": False,
+        },
+        {},
+    ),
     "everything": (
         {"groups": 1, "heads": 4, "queries": 100},
         {
@@ -111,14 +146,24 @@ def check_case(name: str, *, is_selected: bool) -> None:
     """Check one of the cases above."""
     sizes, bounds, options = CASES[name]
     operands = make_operands(**sizes)
-    support = selected(operands, **bounds) if is_selected else Support(**bounds)
+    # Forced first blocks have a place of their own.
+    topk = 3 + bounds.get("sink_blocks", 0)
+    support = selected(operands, topk=topk, **bounds) if is_selected else Support(**bounds)
     check(operands, support, **options)
 
 
 # One of each kind of bound, and each path through a kernel.
 QUICK = {
-    False: ("plain", "one head a group, own keys, factors", "documents", "everything"),
-    True: ("documents", "everything"),
+    False: (
+        "plain",
+        "one head a group, own keys, factors",
+        "documents",
+        "everything",
+        "select, one and a half, without first and two last",
+        "select, ragged rows",
+        "select, not causal, first power",
+    ),
+    True: ("documents", "everything", "select, documents"),
 }
 
 
@@ -169,6 +214,12 @@ def test_halves_agree_with_float64(
     check(operands, support, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
+def test_halves_agree_with_float64_on_a_raised_teacher(dtype: torch.dtype) -> None:
+    operands = make_operands(batch=1, heads=2, queries=70, keys=150, width=64, head_dim=64, dtype=dtype)
+    check(operands, Support(block_size=32, local_blocks=1), TOLERANCE[dtype], power=2.0)
+
+
 @pytest.mark.parametrize(
     ("is_selected", "has_mask"),
     [
@@ -202,6 +253,25 @@ def test_a_query_that_sees_nothing_adds_nothing_though_it_is_not_a_number() -> N
     for query in (operands[0], operands[2]):
         query[:, :, 100:] = torch.nan
     assert all(map(torch.equal, triton.align_sums(*operands, Support(mask=mask)), before))
+
+
+@pytest.mark.parametrize("is_selected", [False, True])
+def test_a_query_with_nothing_left_to_compare_adds_nothing_though_it_is_not_a_number(is_selected: bool) -> None:
+    operands = make_operands(batch=1, groups=1, heads=1, queries=60, keys=60)
+    support = Support(block_size=16, local_blocks=1, sink_blocks=1)
+    if is_selected:
+        support = selected(operands, local_blocks=1, sink_blocks=1)
+    before = check(operands, support, power=2.0)
+    assert before.queries == 60 - 32
+    for query in (operands[0], operands[2]):
+        query[:, :, :32] = torch.nan
+    assert all(map(torch.equal, triton.align_sums(*operands, support, power=2.0), before))
+
+
+def test_all_blocks_left_out_is_no_loss_and_no_gradient() -> None:
+    operands = make_operands(batch=1, heads=1, queries=40, keys=40)
+    found = triton.align_sums(*operands, Support(block_size=20, local_blocks=2), power=2.0)
+    assert not any(bool(tensor.any()) for tensor in found if tensor is not None)
 
 
 def test_two_runs_and_chunks_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,6 +342,6 @@ def test_the_op_runs_the_kernels_and_keeps_its_contract(monkeypatch: pytest.Monk
     assert ran == [1]
     for one, other in zip(mine, theirs, strict=True):
         assert (one.double() - other).norm() <= 1e-5 * other.norm()
-    loss = align_loss.align_loss(*operands, Support())
+    loss = align_loss.align_loss(*operands, Support(block_size=16, local_blocks=1), power=2.0)
     assert ran == [1, 1]
     assert loss.dtype == torch.float32

@@ -30,7 +30,7 @@ from msa_compile.kernels.block_sparse_attention import (
 )
 from msa_compile.kernels.chip import CHIPS, Chip
 from msa_compile.kernels.index_loss import triton as index_loss
-from msa_compile.kernels.index_loss import triton_compare, triton_index_keys, triton_sums
+from msa_compile.kernels.index_loss import triton_compare, triton_index_keys, triton_sums, triton_teacher
 from msa_compile.kernels.select_blocks import cuda as selection_cuda
 from msa_compile.kernels.select_blocks import triton as selection
 from msa_compile.kernels.select_blocks import triton_choose, triton_fused, triton_rescore, triton_scores
@@ -319,6 +319,22 @@ MUTANTS = {
         "has_low[None, :] | has_high[None, :]",
         _loss("documents", is_selected=True),
     ),
+    "index loss: one local block too few is left out": (
+        triton_sums,
+        index_loss,
+        "sum_logits",
+        "(blocks - LOCAL_BLOCKS) * BLOCK_SIZE",
+        "(blocks - LOCAL_BLOCKS + 1) * BLOCK_SIZE",
+        _loss("select, one and a half, without first and two last", is_selected=False),
+    ),
+    "index loss: the sum of probabilities that are not raised": (
+        triton_teacher,
+        index_loss,
+        "sum_teacher",
+        "total += tl.sum(raise_to(teacher, POWER), 0)",
+        "total += tl.sum(teacher, 0)",
+        _loss("select, one and a half, without first and two last", is_selected=False),
+    ),
     "index loss: the last group is not added": (
         triton_index_keys,
         index_loss,
@@ -342,6 +358,7 @@ SLOW = (
     "index loss: a query that does not count",
     "index loss: keys of other documents",
     "in one kernel: forced blocks are not",
+    "index loss: one local block too few is left out",
 )
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import kernel_laws as laws
@@ -136,15 +137,19 @@ def test_ids_and_output_equal_the_float64_oracle_on_a_gpu(case: laws.Case) -> No
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("is_selected", [False, True])
-def test_index_loss_equals_float64_on_a_gpu(is_selected: bool) -> None:
+@pytest.mark.parametrize(
+    ("left_out", "power"), [({}, 1.0), ({"local_blocks": 1, "sink_blocks": 1}, 2.0), ({"local_blocks": 1}, 1.5)]
+)
+def test_index_loss_equals_float64_on_a_gpu(is_selected: bool, left_out: dict[str, Any], power: float) -> None:
     case = make_case(queries=300, heads_a_group=4)
     operands = [t.cuda() for t in (case.index_query, case.index_key, case.query, case.key)]
-    support = Support()
+    support = Support(block_size=8, **left_out)
     if is_selected:
-        support = Support(block_ids=select_blocks(*operands[:2], block_size=8, topk=3), block_size=8)
+        support = replace(support, block_ids=select_blocks(*operands[:2], block_size=8, topk=3, **left_out))
     index_query, index_key, query, key = operands
-    found = align_sums(index_query, index_key, query, key, support)
-    exact = align_sums(index_query.double(), index_key.double(), query.double(), key.double(), support)
+    found = align_sums(index_query, index_key, query, key, support, power=power)
+    doubles = (index_query.double(), index_key.double(), query.double(), key.double())
+    exact = align_sums(*doubles, support, power=power)
     for one, other in zip(found, exact, strict=True):
         assert one is not None
         assert other is not None

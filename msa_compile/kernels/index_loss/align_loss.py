@@ -19,7 +19,7 @@ With `power` and with blocks that are left out of the support because every sele
 The teacher has no gradient. Each head's probabilities are those of the tokens alone: a sink takes no part. Queries go
 through in chunks and their keys in tiles, first for the softmax's normalisers and then once more for the loss (and once
 between for `P'`), so that nothing of the size `Tq * Tk` is ever held; what a query cannot see is not computed. What is
-here is plain torch and the specification; on a GPU Triton kernels do the plain form (`triton.py`).
+here is plain torch and the specification; on a GPU Triton kernels do the same (`triton.py`).
 
 Source: MiniMax Sparse Attention (arXiv 2606.13392), equations 9 and 10, which are `power` 1 with nothing left out.
 """
@@ -169,8 +169,7 @@ def align_sums(
     has_gradients: bool = True,
 ) -> AlignSums:
     """The sums behind :func:`align_loss`, and their gradients where `has_gradients`; other arguments as there."""
-    is_plain = power == 1.0 and not support.leaves_out
-    if not (is_plain and cuda.has_kernels(index_query, index_key, query, key)):
+    if not cuda.has_kernels(index_query, index_key, query, key):
         return _align_in_chunks(
             index_query, index_key, query, key, support, index_scale, scale, softcap, power, has_gradients=has_gradients
         )
@@ -188,6 +187,7 @@ def align_sums(
             index_scale=index_scale,
             scale=scale,
             softcap=softcap,
+            power=power,
             has_gradients=has_gradients,
         )
 

@@ -23,6 +23,7 @@ from msa_compile.kernels.index_loss.tiling import choose_comparison_tile, choose
 from msa_compile.kernels.index_loss.triton_compare import compare_queries
 from msa_compile.kernels.index_loss.triton_index_keys import add_key_parts, compare_keys
 from msa_compile.kernels.index_loss.triton_sums import sum_logits
+from msa_compile.kernels.index_loss.triton_teacher import sum_teacher
 from msa_compile.kernels.launch import Launch, Tile, divide_up, power_of_two_from
 
 # Where the support is everything that is visible there are no lists: what kernels are told in their place.
@@ -45,6 +46,7 @@ def align_sums(
     index_scale: float | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    power: float = 1.0,
     has_gradients: bool = True,
 ) -> AlignSums:
     """Add up the loss over queries, and its gradients where `has_gradients`; as in `align_loss.py`."""
@@ -74,6 +76,7 @@ def align_sums(
             index_scale=index_scale,
             scale=scale,
             softcap=softcap,
+            power=power,
             chip=chip_of(device),
         ):
             launch.run()
@@ -101,6 +104,7 @@ def find_launches(
     index_scale: float | None,
     scale: float | None,
     softcap: float | None,
+    power: float,
     chip: Chip,
 ) -> Iterator[Launch]:
     """Give the launches of a call, in order; no tensor is read, so they may be on `meta`.
@@ -110,16 +114,16 @@ def find_launches(
     before. Either both gradients are there or none.
     """
     groups, ids, counted = key.shape[1], None, None
-    block_size = None if support.block_ids is None else support.block_size
+    block_size = support.block_size or 1
+    assert support.block_size or (support.block_ids is None and not support.leaves_out), "blocks of which size?"
     if support.block_ids is not None:
-        assert block_size is not None, "ids of blocks mean nothing without block_size"
         ids = cut_ids(support.block_ids, key.shape[2], block_size)
     if support.counted is not None:
         counted = support.counted.expand(query.shape[0], -1).contiguous().view(torch.uint8)
     bounds = describe_bounds(
         query,
         key,
-        block_size=block_size or 1,
+        block_size=block_size,
         window=support.window,
         query_start=support.query_start,
         key_start=support.key_start,
@@ -136,25 +140,39 @@ def find_launches(
     keys_of_student = index_key if ids is None else keys_of_groups
     student = describe_operands(index_query, keys_of_student, None, scale=index_scale, softcap=None)
     student |= {name: value for name, value in teacher.items() if name.startswith("mask")}
-    for operands, sums, heads_a_mask in ((teacher, log_sums, teacher["HEADS"]), (student, index_log_sums, 1)):
-        of_sums = {**operands, "log_sums": sums, "counted": counted, "HEADS_A_MASK": heads_a_mask}
-        yield from _sum_launches(of_sums, bounds, ids, chip)
+    # Attention is of all that a query sees, and the student of what is compared.
+    everything = {"LOCAL_BLOCKS": 0, "SINK_BLOCKS": 0}
+    left_out = {"LOCAL_BLOCKS": support.local_blocks, "SINK_BLOCKS": support.sink_blocks}
+    teacher |= {"log_sums": log_sums, "counted": counted}
+    student |= {"log_sums": index_log_sums, "counted": counted}
+    yield from _sum_launches({**teacher, **everything, "HEADS_A_MASK": teacher["HEADS"]}, bounds, ids, chip)
+    yield from _sum_launches({**student, **left_out, "HEADS_A_MASK": 1}, bounds, ids, chip)
 
     compared = describe_operands(
         query, key, support.mask, **of_logits, index_query=index_query, index_key=keys_of_groups
     )
     compared |= {"index_scale": student["scale"], "WIDTH": student["HEAD_DIM"], "counted": counted}
     compared |= {"log_sums": log_sums, "index_log_sums": index_log_sums}
+    of_power: dict[str, Any] = {**left_out, "log_weights": None, "shares": None, "POWER": float(power)}
+    is_plain = power == 1.0 and not support.leaves_out
+    if not is_plain:
+        log_weights, shares = torch.empty(2, *losses.shape, dtype=torch.float32, device=losses.device).unbind()
+        of_power |= {"log_weights": log_weights, "shares": shares}
+    compared |= of_power
     shape: dict[str, Any] = {
         "head_dim": compared["HEAD_DIM"],
         "width": compared["WIDTH"],
         "item_size": max(query.dtype.itemsize, index_query.dtype.itemsize),
-        "block_size": block_size,
+        "block_size": None if ids is None else block_size,
         "has_mask": support.mask is not None,
     }
     tile = choose_comparison_tile(chip, **shape, is_of_keys=False)
     for listed, grid, told in _cut(bounds, ids, tile.sizes["QUERIES"], query.shape[0]):
         yield from listed
+        if not is_plain:
+            sizes = {name: size for name, size in tile.sizes.items() if name != "WIDTH_TILE"}
+            of_teacher = Tile(sizes, tile.warps, tile.stages)
+            yield Launch(sum_teacher, grid, {**teacher, **of_power, **told}, of_teacher)
         written = {"losses": losses, "grad_index_query": grad_index_query}
         yield Launch(compare_queries, grid, {**compared, **told, **written}, tile)
     if grad_index_key is None:

@@ -1,15 +1,15 @@
 """The Triton kernel of the loss and of the gradient of index queries: a tile of queries meets its support once more.
 
 Slots are the rows of every product and queries its columns, so that few queries still fill the large matrix
-instructions. The heads of a group take turns on the same keys, and their probabilities are added up in registers: the
-teacher of a tile is made without any of its heads being stored.
+instructions.
 """
 
 import triton
 import triton.language as tl
 
-from msa_compile.kernels.block_sparse_attention.triton_softmax import LOG2_E, capped_logits
-from msa_compile.kernels.index_loss.triton_sums import is_counted, slots_of_step
+from msa_compile.kernels.block_sparse_attention.triton_softmax import LOG2_E
+from msa_compile.kernels.index_loss.triton_sums import is_counted, leave_out, slots_of_step
+from msa_compile.kernels.index_loss.triton_teacher import raise_to, teach
 from msa_compile.kernels.triton_rows import bounds_of_rows, product
 
 # Differences of probabilities are at most 1 and may be tiny: raised before they are rounded to 16 bits, lowered after
@@ -32,6 +32,8 @@ def compare_slots(
     scale,
     index_scale,
     softcap,
+    share,
+    POWER: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEADS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -42,21 +44,28 @@ def compare_slots(
 
     Args:
         visible: `[SLOTS, QUERIES]`, the support; elsewhere teacher and change are 0, and the student means nothing.
-        query_rows: addresses of the queries of the first head, `sums_of_rows` of its normalisers.
+        query_rows: as for `teach`, and so is `sums_of_rows`.
+        share: `[QUERIES]`, by which raised probabilities are multiplied; None in the plain form. What is returned is
+            weighed as this and `index_log_sum` are.
     """
-    channel = tl.arange(0, CHANNELS)
-    is_loaded = is_row[:, None] & (channel < HEAD_DIM)[None, :]
-    teacher = tl.zeros((SLOTS, QUERIES), tl.float32)
-    for _ in range(HEADS):
-        tile_of_queries = tl.load(query_rows[:, None] + channel[None, :], mask=is_loaded, other=0.0)
-        log_sum = tl.load(sums_of_rows, mask=is_row, other=0.0)
-        logits = capped_logits(product(keys, tl.trans(tile_of_queries)), scale, softcap)
-        teacher += tl.exp2(logits - log_sum[None, :])
-        # Added up, because a head times its stride may be beyond 32 bits.
-        query_rows += query_stride_h
-        sums_of_rows += query_length
-    # Chosen and not multiplied by 0: what is not seen may be NaN.
-    teacher = tl.where(visible, teacher * (1.0 / HEADS), 0.0)
+    teacher = teach(
+        keys,
+        visible,
+        is_row,
+        query_rows,
+        sums_of_rows,
+        query_stride_h,
+        query_length,
+        scale,
+        softcap,
+        HEAD_DIM,
+        HEADS,
+        CHANNELS,
+        SLOTS,
+        QUERIES,
+    )
+    if share is not None:
+        teacher = raise_to(teacher, POWER) * share[None, :]
     scores = product(index_keys, tl.trans(tile_of_index_queries)) * index_scale * LOG2_E
     log_student = scores - index_log_sum[None, :]
     return teacher, log_student, tl.where(visible, tl.exp2(log_student), 0.0) - teacher
@@ -70,6 +79,8 @@ def compare_queries(
     index_key,
     log_sums,
     index_log_sums,
+    log_weights,
+    shares,
     counted,
     losses,
     grad_index_query,
@@ -111,6 +122,9 @@ def compare_queries(
     WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    LOCAL_BLOCKS: tl.constexpr,
+    SINK_BLOCKS: tl.constexpr,
+    POWER: tl.constexpr,
     CHANNELS: tl.constexpr,
     WIDTH_TILE: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -123,6 +137,7 @@ def compare_queries(
         query: `[B, groups * HEADS, Tq, HEAD_DIM]`, strides given, channels adjacent; `key` `[B, groups, Tk, HEAD_DIM]`,
             `index_query` `[B, groups, Tq, WIDTH]` and `index_key` `[B, groups, Tk, WIDTH]` likewise.
         log_sums: as `sum_logits` wrote them for `query`; `index_log_sums` for `index_query`.
+        log_weights: with `shares` as `sum_teacher` wrote them; both None in the plain form.
         losses: `[B, groups, Tq]` float32, nats; 0 for a query that sees nothing, or that does not count.
         grad_index_query: `[B, groups, Tq, WIDTH]` float32, contiguous, of the mean of `losses` over groups; or None.
         counted: with the lists, the mask and the bounds as for `sum_logits`; the mask is one a group.
@@ -135,7 +150,7 @@ def compare_queries(
     token = chunk_start + turn * QUERIES + column
     is_there = token < query_length
     is_row = is_counted(counted, batch, token, is_there, query_length)
-    _, _, first, stop = bounds_of_rows(
+    position, anchor, first, stop = bounds_of_rows(
         batch,
         token,
         is_row,
@@ -147,6 +162,9 @@ def compare_queries(
         key_length,
         window,
         IS_CAUSAL,
+    )
+    first, stop, gap, beyond = leave_out(
+        position, anchor, first, stop, BLOCK_SIZE, LOCAL_BLOCKS, SINK_BLOCKS, IS_CAUSAL
     )
     wide_batch, wide_group, wide_token = batch.to(tl.int64), group.to(tl.int64), token.to(tl.int64)
     wide_head = tl.program_id(1).to(tl.int64)
@@ -161,6 +179,11 @@ def compare_queries(
     tile_of_index_queries = tl.load(place[:, None] + feature[None, :], mask=is_row[:, None] & is_feature, other=0.0)
     own = wide_head * query_length + wide_token
     index_log_sum = tl.load(index_log_sums + own, mask=is_row, other=0.0)
+    share = None
+    if shares is not None:
+        # Teacher and student are both weighed, and so is the loss, in whose logarithm the weight cancels out.
+        share = tl.load(shares + own, mask=is_row, other=0.0)
+        index_log_sum -= tl.load(log_weights + own, mask=is_row, other=0.0)
     if mask is not None:
         mask_rows = mask + wide_batch * mask_stride_b + wide_group * mask_stride_h + wide_token * mask_stride_q
     sees = is_row & (stop > first)
@@ -189,6 +212,8 @@ def compare_queries(
             other=0.0,
         )
         visible = is_key[:, None] & (slot[:, None] >= first[None, :]) & (slot[:, None] < stop[None, :])
+        if LOCAL_BLOCKS > 0 and not IS_CAUSAL:
+            visible = visible & ((slot[:, None] < gap[None, :]) | (slot[:, None] >= beyond[None, :]))
         if starts is not None:
             bits = tl.load(members + step // PIECES)
             visible = visible & (((bits >> column) & 1) != 0)[None, :]
@@ -212,6 +237,8 @@ def compare_queries(
             scale,
             index_scale,
             softcap,
+            share,
+            POWER,
             HEAD_DIM,
             HEADS,
             CHANNELS,

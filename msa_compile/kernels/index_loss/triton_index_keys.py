@@ -10,7 +10,7 @@ import triton.language as tl
 
 from msa_compile.kernels.block_sparse_attention.triton_queries import find_item, origin_of_row
 from msa_compile.kernels.index_loss.triton_compare import RAISED, compare_slots
-from msa_compile.kernels.index_loss.triton_sums import is_counted
+from msa_compile.kernels.index_loss.triton_sums import is_counted, leave_out
 from msa_compile.kernels.triton_rows import bounds_of_rows, product
 
 
@@ -34,6 +34,8 @@ def _add_queries(
     scale,
     index_scale,
     softcap,
+    share,
+    POWER: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEADS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -60,6 +62,8 @@ def _add_queries(
         scale,
         index_scale,
         softcap,
+        share,
+        POWER,
         HEAD_DIM,
         HEADS,
         CHANNELS,
@@ -77,6 +81,8 @@ def compare_keys(
     index_key,
     log_sums,
     index_log_sums,
+    log_weights,
+    shares,
     counted,
     block_ids,
     queries,
@@ -121,6 +127,9 @@ def compare_keys(
     WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    LOCAL_BLOCKS: tl.constexpr,
+    SINK_BLOCKS: tl.constexpr,
+    POWER: tl.constexpr,
     QUERIES_AN_ITEM: tl.constexpr,
     PLACES: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -131,7 +140,8 @@ def compare_keys(
     """Write what the queries of one group add to the gradients of `SLOTS` index keys.
 
     Args:
-        query: as for `compare_queries`, and so are the other operands, `counted`, the mask and the bounds.
+        query: as for `compare_queries`, and so are the other operands, `log_weights`, `shares`, `counted`, the mask
+            and the bounds.
         block_ids: `[B, groups, Tq, topk]` int32, contiguous; `PLACES` is at least `topk`.
         queries: with `list_start`, `item_start` and `item_blocks` as `triton_queries.py` writes them; all four None
             where the support is everything that is visible.
@@ -187,7 +197,7 @@ def compare_keys(
             token = tl.load(queries + wide_head * list_size + token, mask=is_token, other=0)
         is_row = is_counted(counted, batch, token, is_token, query_length)
         wide_token = token.to(tl.int64)
-        _, anchor, first, stop = bounds_of_rows(
+        position, anchor, first, stop = bounds_of_rows(
             batch,
             token,
             is_row,
@@ -200,11 +210,17 @@ def compare_keys(
             window,
             IS_CAUSAL,
         )
-        index_log_sum = tl.load(index_log_sums + wide_head * query_length + wide_token, mask=is_row, other=0.0)
+        first, stop, gap, beyond = leave_out(
+            position, anchor, first, stop, BLOCK_SIZE, LOCAL_BLOCKS, SINK_BLOCKS, IS_CAUSAL
+        )
+        own = wide_head * query_length + wide_token
+        index_log_sum = tl.load(index_log_sums + own, mask=is_row, other=0.0)
         if queries is None:
             # A query that sees nothing may be padding, which may be NaN; one that is listed sees something.
             is_row = is_row & (stop > first)
         visible = is_key[:, None] & (slot[:, None] >= first[None, :]) & (slot[:, None] < stop[None, :])
+        if LOCAL_BLOCKS > 0 and not IS_CAUSAL:
+            visible = visible & ((slot[:, None] < gap[None, :]) | (slot[:, None] >= beyond[None, :]))
         if queries is not None and document_start is not None:
             # As in `differentiate_blocks`: the blocks of a document lie across ours.
             low = tl.maximum(start - anchor, 0) // BLOCK_SIZE
@@ -217,8 +233,15 @@ def compare_keys(
             has_high = tl.max((id_of_row == (low + 1)[:, None]).to(tl.int32), 1) != 0
             is_low = slot[:, None] < edge[None, :]
             visible = visible & ((is_low & has_low[None, :]) | (~is_low & has_high[None, :]))
-        if mask is not None:
+        if mask is not None or shares is not None:
+            # One with nothing to compare.
             is_row = is_row & (index_log_sum != float("-inf"))
+        if shares is not None:
+            share = tl.load(shares + own, mask=is_row, other=0.0)
+            index_log_sum -= tl.load(log_weights + own, mask=is_row, other=0.0)
+        else:
+            share = None
+        if mask is not None:
             shown = mask + wide_batch * mask_stride_b + wide_group * mask_stride_h + wide_token * mask_stride_q
             shown = shown[None, :] + wide_slot[:, None] * mask_stride_k
             visible = visible & (tl.load(shown, mask=visible, other=0) != 0)
@@ -245,6 +268,8 @@ def compare_keys(
                 WIDTH_TILE,
                 *of_step,
                 softcap,
+                share,
+                POWER,
                 HEAD_DIM,
                 HEADS,
                 CHANNELS,
@@ -264,6 +289,8 @@ def compare_keys(
                 WIDTH_TILE,
                 *of_step,
                 softcap,
+                share,
+                POWER,
                 HEAD_DIM,
                 HEADS,
                 CHANNELS,

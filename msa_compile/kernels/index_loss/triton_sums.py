@@ -41,6 +41,35 @@ def slots_of_step(
     return slot, is_key
 
 
+@triton.jit
+def leave_out(
+    position,
+    anchor,
+    first,
+    stop,
+    BLOCK_SIZE: tl.constexpr,
+    LOCAL_BLOCKS: tl.constexpr,
+    SINK_BLOCKS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+):
+    """Return `first, stop, gap, beyond`: visible slots outside forced blocks, from `first` to `stop`, without a gap.
+
+    The gap, `gap .. beyond - 1`, is the local blocks of a query that sees slots behind them, which is to be left out by
+    whoever knows that queries are not causal; others have nothing behind it.
+    """
+    gap, beyond = stop, stop
+    if SINK_BLOCKS > 0:
+        first = tl.maximum(first, anchor + SINK_BLOCKS * BLOCK_SIZE)
+    if LOCAL_BLOCKS > 0:
+        # Up to the query's own block, of which one in front of the row's first slot has none; `//` rounds towards 0.
+        blocks = tl.where(position >= anchor, tl.maximum(position - anchor, 0) // BLOCK_SIZE + 1, 0)
+        gap = anchor + (blocks - LOCAL_BLOCKS) * BLOCK_SIZE
+        beyond = anchor + blocks * BLOCK_SIZE
+        if IS_CAUSAL:
+            stop = tl.minimum(stop, gap)
+    return first, stop, gap, beyond
+
+
 @triton.jit(do_not_specialize=["chunk_start", "query_length", "key_length"])
 def sum_logits(
     query,
@@ -78,6 +107,8 @@ def sum_logits(
     HEADS: tl.constexpr,
     HEADS_A_MASK: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    LOCAL_BLOCKS: tl.constexpr,
+    SINK_BLOCKS: tl.constexpr,
     CHANNELS: tl.constexpr,
     HEADS_TILE: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -94,6 +125,7 @@ def sum_logits(
         starts: with `members` and `counts` as `list_blocks` writes them, `list_size` entries a tile; None where the
             support is everything that is visible.
         mask: uint8, by strides; one for each `HEADS_A_MASK` heads, or None.
+        LOCAL_BLOCKS: with `SINK_BLOCKS` how many blocks are left out at either end.
     """
     ROWS: tl.constexpr = HEADS_TILE * QUERIES
     batch = tl.program_id(1) // groups
@@ -106,7 +138,7 @@ def sum_logits(
     head = group * HEADS + row % HEADS_TILE
     is_there = (token < query_length) & (row % HEADS_TILE < HEADS)
     is_row = is_counted(counted, batch, token, is_there, query_length)
-    _, _, first, stop = bounds_of_rows(
+    position, anchor, first, stop = bounds_of_rows(
         batch,
         token,
         is_row,
@@ -118,6 +150,9 @@ def sum_logits(
         key_length,
         window,
         IS_CAUSAL,
+    )
+    first, stop, gap, beyond = leave_out(
+        position, anchor, first, stop, BLOCK_SIZE, LOCAL_BLOCKS, SINK_BLOCKS, IS_CAUSAL
     )
     wide_batch, wide_group, wide_token = batch.to(tl.int64), group.to(tl.int64), token.to(tl.int64)
     wide_head = head.to(tl.int64)
@@ -151,6 +186,8 @@ def sum_logits(
         )
         logits = capped_logits(product(tile_of_queries, tl.trans(keys)), scale, softcap)
         visible = is_key[None, :] & (slot[None, :] >= first[:, None]) & (slot[None, :] < stop[:, None])
+        if LOCAL_BLOCKS > 0 and not IS_CAUSAL:
+            visible = visible & ((slot[None, :] < gap[:, None]) | (slot[None, :] >= beyond[:, None]))
         if starts is not None:
             bits = tl.load(members + step // PIECES)
             visible = visible & (((bits >> turn_of_row) & 1) != 0)[:, None]
