@@ -65,9 +65,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--block-size", type=int, help="keys in a block (default 16)")
     parser.add_argument("--topk", type=int, default=4, help="blocks that a query attends to (default %(default)s)")
     parser.add_argument("--train-steps", type=int, help="steps that the model itself is trained (default: a minute)")
-    parser.add_argument("--steps", type=int, help="steps of the calibration (default 100)")
-    parser.add_argument("--batches", type=int, help="batches to go through again and again (default 60)")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--steps", type=int, help="steps of the calibration (default 300)")
+    parser.add_argument("--batches", type=int, help="batches to go through again and again (default 160)")
+    parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--min-mass-ratio", type=float, default=0.95)
     parser.add_argument("--min-found", type=float, default=0.98)
     parser.add_argument("--checkpoint", type=Path, help="keep the state of the calibration there")
@@ -75,7 +75,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--inner", choices=("inductor", "aot_eager", "eager"), default="inductor")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
-    defaults = {"context": 512, "block_size": 16, "steps": 100, "batches": 60}
+    defaults = {"context": 512, "block_size": 16, "steps": 300, "batches": 160}
     if arguments.small:
         defaults = {"context": 256, "block_size": 16, "steps": 20, "batches": 9}
         arguments.train_steps = arguments.train_steps or 30

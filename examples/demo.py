@@ -30,7 +30,7 @@ from examples.speed_line import speed_line
 from msa_compile import MSAConfig
 
 NEW_TOKENS = 120
-CALIBRATION_STEPS = 12
+CALIBRATION_STEPS = 240
 BATCH = 2  # windows a call
 
 
@@ -207,7 +207,7 @@ def _calibrate(subject: Subject, windows: Tensor, arguments: argparse.Namespace)
         assert subject.learned_from is not None, "asked before"
         rows = _spread(subject.learned_from, windows.shape[1], BATCH * (steps + 1))
         data = [{"input_ids": batch} for batch in rows.split(BATCH)]
-        result = msa_compile.calibrate(subject.model, data, steps=steps, learning_rate=3e-3, progress=False)
+        result = msa_compile.calibrate(subject.model, data, steps=steps, learning_rate=1e-2, progress=False)
         print(result)
         perplexity, _ = _perplexity(subject.model, windows)
         print(f"calibrated, perplexity on the same windows: {perplexity:.4f}")
